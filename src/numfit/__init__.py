@@ -1,0 +1,40 @@
+"""numfit: fit the number type to the numbers.
+
+`import numfit` is light: it brings in neither torch nor transformers until a name that needs them is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Format": "numfit.formats",
+    "QuantizedTensor": "numfit.formats",
+    "format": "numfit.formats",
+    "quantize_tensor": "numfit.formats",
+    "register": "numfit.formats",
+    "plan": "numfit.pipeline",
+    "quantize": "numfit.pipeline",
+    "load": "numfit.runtime",
+    "evaluate": "numfit.evaluation",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from numfit.evaluation import evaluate
+    from numfit.formats import Format, QuantizedTensor, format, quantize_tensor, register
+    from numfit.pipeline import plan, quantize
+    from numfit.runtime import load
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        from importlib import import_module
+
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'numfit' has no attribute '{name}'")

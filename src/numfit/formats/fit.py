@@ -1,0 +1,419 @@
+"""Fit: choose scales, members and zero points of a weight, without looking at other weights.
+
+One procedure for every scalar type (ams-pot-formats.md 7.1, 1.4, 2.1; mant-family.md 1.3): each block tries a row of candidate scales
+for each member, every candidate already rounded to what the file can hold, and keeps the pair of least squared error,
+weighted by the importance of the input channels where that is given. Units smaller than a block (AMS) choose their
+member under the block's common scale; a member per tensor (ANT) is chosen on the sum of its blocks' best errors.
+
+Work goes in chunks of rows whose size depends on the shape alone, so results do not depend on threads or memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from numfit.errors import FormatError
+from numfit.formats.format import Format
+from numfit.formats.grid import Grid
+from numfit.formats.nearest import Ladder, ladder
+from numfit.formats.scale import PARENT_MIN, Scale, exp2i, ocp_exponent, to_stored
+from numfit.formats.search import BATCH, COMPILE_FROM, affine_errors, errors, unit_choice, unit_errors
+
+SCALE_RULES = ("mse", "absmax", "floor", "ceil")
+_CHUNK = 1 << 20  # weights fitted at a time
+_PALETTE_BLOCKS = 1 << 15  # blocks that a palette is chosen on
+
+
+@dataclass(frozen=True)
+class Params:
+    """What a format stores besides codes, in fp32 and integers; R rows of K weights.
+
+    Attributes:
+        scale: stored part [R, blocks], or [1, 1] for one scale per tensor.
+        parent: [R, 1] or [1, 1], or None.
+        member: uint8 [R, units], or [1, 1] for one member per tensor; None for families of one.
+        zero: [R, blocks] or [1, 1] integers as fp32, or None.
+        palette: int64 [k] candidates kept, or None.
+    """
+
+    scale: Tensor
+    parent: Tensor | None = None
+    member: Tensor | None = None
+    zero: Tensor | None = None
+    palette: Tensor | None = None
+
+    def effective_scale(self) -> Tensor:
+        """scale · parent, rounded once to fp32: the first operation of decoding."""
+        return self.scale if self.parent is None else self.scale * self.parent
+
+
+def family(fmt: Format, params: Params) -> tuple[Grid, ...]:
+    """The members that `params.member` indexes."""
+    if params.palette is None:
+        return fmt.members
+    return tuple(fmt.members[i] for i in params.palette.tolist())
+
+
+def row_chunks(rows: int, row: int, budget: int = _CHUNK) -> Iterator[slice]:
+    """Slices of rows of about `budget` weights."""
+    step = max(1, budget // max(row, 1))
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+
+
+def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, scale_rule: str = "mse") -> Params:
+    """Choose the parameters of least (weighted) squared error.
+
+    Args:
+        w: weights [R, K], any float type.
+        importance: weight of each input channel's squared error [K], not negative, or None for equal weights.
+        scale_rule: "mse" searches; "absmax" maps the largest magnitude to the largest level ("floor" on e8m0 scales);
+            "floor" and "ceil" name the two OCP rules and apply to e8m0 scales alone.
+
+    Raises:
+        FormatError: an unknown rule, or one that does not apply to this format.
+    """
+    if scale_rule not in SCALE_RULES or scale_rule in ("floor", "ceil") and fmt.scale.store != "e8m0":
+        allowed = "mse, absmax" + (", floor, ceil" if fmt.scale.store == "e8m0" else "")
+        raise FormatError(f"the scale rule '{scale_rule}' does not apply to {fmt.name}; choose one of {allowed}")
+    h = None if importance is None else _importance(importance.to(w.device, torch.float32))
+    palette = None
+    if fmt.palette:
+        palette = _palette(fmt, w, h)
+        fmt = replace(fmt, members=tuple(fmt.members[i] for i in palette.tolist()), palette=0)
+    rows, k = w.shape
+    fitter = _Fitter(fmt, h, scale_rule, w.device, _compile(fmt, w, scale_rule))
+    tensor_parent = _tensor_parent(fmt, w) if fmt.scale.parent == "tensor" else None
+    if fmt.block == "tensor":
+        params = _fit_one_scale(fmt, fitter, w)
+    elif fmt.unit == "tensor" and fmt.member_count > 1:
+        params = _fit_one_member(fitter, w, tensor_parent)
+    else:
+        parts = [fitter.chunk(w[s].float(), tensor_parent) for s in row_chunks(rows, k)]
+        params = _join(fmt, k, parts, w.device)
+        if tensor_parent is not None:
+            params = replace(params, parent=tensor_parent)
+    return params if palette is None else replace(params, palette=palette)
+
+
+def _compile(fmt: Format, w: Tensor, rule: str) -> bool:
+    tried = 20 if rule == "mse" else 1
+    return w.numel() * len(fmt.members) * tried >= COMPILE_FROM
+
+
+def _importance(h: Tensor) -> Tensor:
+    """Dead channels keep a millionth of the mean weight, so that a block of them still gets a sensible scale."""
+    mean = h.mean()
+    return torch.where(mean > 0, h.clamp_min(mean * 1e-6), torch.ones_like(h))
+
+
+def _tensor_parent(fmt: Format, w: Tensor) -> Tensor:
+    """fp32 [1, 1]: the block that holds the largest weight gets a stored scale of `cap`."""
+    amax = w.abs().max().float() if w.numel() else torch.zeros((), device=w.device)
+    least = min(grid.max_level for grid in fmt.members)
+    parent = amax / (least * fmt.scale.cap)
+    return torch.where(parent > 0, parent.clamp_min(2.0**-126), torch.ones_like(parent)).view(1, 1)
+
+
+def _join(fmt: Format, k: int, parts: list[Params], device: torch.device) -> Params:
+    if not parts:
+        g = fmt.geometry(k)
+        empty = torch.empty((0, g.blocks), device=device)
+        units = torch.empty((0, g.units), dtype=torch.uint8, device=device) if fmt.member_bits else None
+        parent = torch.empty((0, 1), device=device) if fmt.scale.parent == "row" else None
+        return Params(empty, parent, units, empty if fmt.zero else None)
+
+    def cat(name: str) -> Tensor | None:
+        values = [getattr(p, name) for p in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    scale = cat("scale")
+    assert scale is not None
+    return Params(scale, cat("parent"), cat("member"), cat("zero"))
+
+
+class _Fitter:
+    """Fits chunks of rows; holds what all chunks of a tensor share."""
+
+    def __init__(self, fmt: Format, h: Tensor | None, rule: str, device: torch.device, compiled: bool) -> None:
+        self.fmt, self.h, self.rule, self.compiled = fmt, h, rule, compiled
+        self.ladder: Ladder = ladder(fmt.members, fmt.rounding, device)
+        tops = [fmt.max_level] if self.small_units else [g.max_level for g in fmt.members]
+        self.tops = torch.tensor(tops, dtype=torch.float32, device=device)  # [M]; one where units are small
+        if fmt.scale.store == "e8m0":
+            count = 3 if rule == "mse" else 1
+        elif rule == "mse":
+            count = 40 if fmt.zero else len(fmt.scale.multipliers())
+        else:
+            count = len(fmt.scale.tries)
+        self.candidates = count
+
+    @property
+    def small_units(self) -> bool:
+        return isinstance(self.fmt.unit, int) and self.fmt.member_count > 1
+
+    # -- candidates -----------------------------------------------------------------------------------------------
+
+    def wanted(self, amax: Tensor, first: int, last: int) -> Tensor:
+        """Candidate scales `first` … `last` before rounding to storage, descending: amax [B] → [B, M, C]."""
+        if self.fmt.scale.store == "e8m0":
+            base = torch.stack([ocp_exponent(amax, top, self.rule) for top in self.tops.tolist()], 1)  # [B, M]
+            shift = [1, 0, -1] if self.rule == "mse" else [0]
+            offsets = torch.tensor(shift[first:last], device=amax.device, dtype=base.dtype)
+            return exp2i((base[..., None] + offsets).clamp(-127, 127))
+        factors = self.fmt.scale.multipliers() if self.rule == "mse" else list(self.fmt.scale.tries)
+        row = torch.tensor(factors[first:last], dtype=torch.float32, device=amax.device)
+        return (amax[:, None] / self.tops)[..., None] * row
+
+    def stored(self, wanted: Tensor, parent: Tensor | None, free: bool) -> tuple[Tensor, Tensor]:
+        """(stored, effective) of wanted scales; `free` keeps them unrounded, to find a row's parent."""
+        if free:
+            value = wanted.clamp_min(PARENT_MIN)
+            return value, value
+        if self.fmt.scale.store == "e8m0" and not self.fmt.zero:
+            return wanted, wanted
+        value = to_stored(self.fmt.scale, wanted, parent, self.fmt.spare)
+        return value, value if parent is None else value * parent
+
+    # -- one chunk ------------------------------------------------------------------------------------------------
+
+    def chunk(self, w: Tensor, parent: Tensor | None) -> Params:
+        """Fit rows w [r, K] fp32 whose blocks choose for themselves."""
+        if self.fmt.scale.parent == "row":
+            free, _, _ = self._blocks(w, None, free=True)
+            parent = (free.amax(1, keepdim=True) / self.fmt.scale.cap).clamp(PARENT_MIN, 65504.0).half().float()
+        scale, member, zero = self._blocks(w, parent, free=False)
+        return Params(scale, parent if self.fmt.scale.parent == "row" else None, member, zero)
+
+    def _blocks(self, w: Tensor, parent: Tensor | None, *, free: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        scales, members, zeros = [], [], []
+        for x, h, p in self.pieces(w, parent):
+            n_rows = w.shape[0]
+            if self.fmt.zero:
+                scale, zero = self._affine(x, h, p, free)
+                zeros.append(zero.view(n_rows, -1))
+            elif self.small_units:
+                scale, choice = self._units(x, h, p, free)
+                members.append(choice.view(n_rows, -1))
+            else:
+                err, best = self.per_member(x, h, p, free=free, each=False)
+                choice = err.argmin(1, keepdim=True)  # ties: the lower index
+                scale = best.gather(1, choice)
+                if self.fmt.member_count > 1:
+                    members.append(choice.view(n_rows, -1).to(torch.uint8))
+            scales.append(scale.view(n_rows, -1))
+        join: Callable[[list[Tensor]], Tensor | None] = lambda parts: torch.cat(parts, 1) if parts else None  # noqa: E731
+        joined = join(scales)
+        assert joined is not None
+        return joined, join(members), join(zeros)
+
+    def pieces(self, w: Tensor, parent: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Split rows into whole blocks and the short tail block: (x [B, n], h [B, n] | None, parent [B, 1, 1] | None)."""
+        rows, k = w.shape
+        block = self.fmt.geometry(k).block
+        whole = k // block
+        for start, count, n in ((0, whole, block), (whole * block, 1, k - whole * block)):
+            if n == 0 or count == 0:
+                continue
+            x = w[:, start : start + count * n].reshape(rows * count, n)
+            h = None
+            if self.h is not None:
+                h = self.h[start : start + count * n].view(1, count, n).expand(rows, count, n).reshape(rows * count, n)
+            p = None
+            if parent is not None:
+                p = parent.expand(rows, 1).repeat_interleave(count, 0).view(-1, 1, 1)
+            yield x, h, p
+
+    def per_member(
+        self, x: Tensor, h: Tensor | None, parent: Tensor | None, *, free: bool, each: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Best scale of every member for every block.
+
+        Args:
+            x, h: [B, n]; parent: [B, 1, 1] or None.
+            each: whether the best of *each* member must be exact (a member per tensor), or only that of the winner.
+
+        Returns:
+            (error [B, M], stored scale [B, M]).
+        """
+        magnitude = x.abs()
+        amax, where = magnitude.max(1)
+        top_h = None if h is None else h.gather(1, where[:, None])[:, 0]
+        if self.ladder.mirrored:
+            x = magnitude
+        best_err = torch.full((len(x), len(self.tops)), torch.inf, device=x.device)
+        best = torch.zeros_like(best_err)
+        alive = None  # indices of blocks still searched; None means all
+        first = 0
+        while first < self.candidates:
+            last = min(self.candidates, first + (BATCH if first else 3 * BATCH))
+            stored, scale = self.stored(self.wanted(amax, first, last), parent, free)  # [B, M, C]
+            if first:
+                clip = (scale[..., 0] * self.tops).amax(1)
+                bound = (amax - clip).clamp_min(0).square() * (1 - 1e-5)
+                bound = bound if top_h is None else bound * top_h
+                known = best_err if alive is None else best_err[alive]
+                keep = bound < (known.amax(1) if each else known.amin(1))
+                if not bool(keep.all()):
+                    picked = keep.nonzero()[:, 0]
+                    if len(picked) == 0:
+                        break
+                    alive = picked if alive is None else alive[picked]
+                    x, amax, stored, scale = x[picked], amax[picked], stored[picked], scale[picked]
+                    h = None if h is None else h[picked]
+                    top_h = None if top_h is None else top_h[picked]
+                    parent = None if parent is None else parent[picked]
+            err, index = errors(x, h, scale, self.ladder, compiled=self.compiled).min(-1)
+            value = stored.gather(2, index[..., None])[..., 0]
+            if alive is None:
+                better = err < best_err
+                best_err, best = torch.where(better, err, best_err), torch.where(better, value, best)
+            else:
+                old_err, old = best_err[alive], best[alive]
+                better = err < old_err
+                best_err[alive], best[alive] = torch.where(better, err, old_err), torch.where(better, value, old)
+            first = last
+        return best_err, best
+
+    def _units(self, x: Tensor, h: Tensor | None, parent: Tensor | None, free: bool) -> tuple[Tensor, Tensor]:
+        """AMS-like blocks: best common scale [B, 1], then a member per unit [B, units]."""
+        amax = x.abs().amax(1)
+        xs, hs = self.slots(x, h)
+        best_err = torch.full((len(x), 1), torch.inf, device=x.device)
+        best = best_scale = torch.ones_like(best_err)
+        for first in range(0, self.candidates, 2 * BATCH):
+            stored, scale = self.stored(self.wanted(amax, first, first + 2 * BATCH), parent, free)
+            stored, scale = stored[:, 0], scale[:, 0]  # [B, C]
+            clip = scale[:, :1] * self.tops
+            if first and h is None and bool(((amax[:, None] - clip).clamp_min(0).square() * (1 - 1e-5) >= best_err).all()):
+                break
+            err, index = unit_errors(xs, hs, scale, self.ladder, compiled=self.compiled).min(1, keepdim=True)
+            better = err < best_err
+            best_err = torch.where(better, err, best_err)
+            best = torch.where(better, stored.gather(1, index), best)
+            best_scale = torch.where(better, scale.gather(1, index), best_scale)
+        choice = unit_choice(xs, hs, best_scale, self.ladder, compiled=self.compiled)
+        return best, choice.to(torch.uint8)
+
+    def slots(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[B, n] → [unit, B, units], short units padded with weights of no importance."""
+        unit = int(self.fmt.unit)
+        pad = -x.shape[1] % unit
+        if pad and h is None:
+            h = torch.ones_like(x)
+        x = x.abs() if self.ladder.mirrored else x
+        out = [None if t is None else torch.nn.functional.pad(t, (0, pad)) for t in (x, h)]
+        xs, hs = (None if t is None else t.view(len(t), -1, unit).permute(2, 0, 1).contiguous() for t in out)
+        assert xs is not None
+        return xs, hs
+
+    def _affine(self, x: Tensor, h: Tensor | None, parent: Tensor | None, free: bool) -> tuple[Tensor, Tensor]:
+        """Asymmetric integers: both ends shrink together (ams-pot-formats.md 7.1) → stored scale, zero [B, 1]."""
+        low, high = x.amin(1).clamp_max(0), x.amax(1).clamp_min(0)
+        top = float((1 << self.fmt.bits) - 1)
+        shrink = torch.tensor([2.0 ** (-j / 16) for j in range(40 if self.rule == "mse" else 1)], device=x.device)
+        wanted = ((high - low) / top)[:, None] * shrink  # [B, C]
+        stored, scale = self.stored(wanted, None if parent is None else parent[..., 0], free)
+        zero = (-low[:, None] * shrink / scale).round().clamp(0, top)
+        err = affine_errors(x, h, torch.stack([scale, zero], 1), top, compiled=self.compiled)
+        index = err.argmin(1, keepdim=True)
+        return stored.gather(1, index), zero.gather(1, index)
+
+
+def _fit_one_member(fitter: _Fitter, w: Tensor, tensor_parent: Tensor | None) -> Params:
+    """One member for the tensor (ANT): the least sum, over all blocks, of the member's best errors."""
+    if fitter.fmt.scale.parent == "row":
+        raise FormatError(f"{fitter.fmt.name}: a member per tensor cannot use scales under a row's parent; use @fp16 or @e4m3")
+    m_count = fitter.fmt.member_count
+    total = torch.zeros(m_count, dtype=torch.float64, device=w.device)
+    kept = []
+    for s in row_chunks(*w.shape):
+        rows = w[s].float()
+        parts = []
+        for x, h, p in fitter.pieces(rows, tensor_parent):
+            err, best = fitter.per_member(x, h, p, free=False, each=True)
+            total += err.double().sum(0)
+            parts.append(best.view(len(rows), -1, m_count))
+        kept.append(torch.cat(parts, 1))  # [r, blocks, M]
+    member = total.argmin()
+    blocks = fitter.fmt.geometry(w.shape[1]).blocks
+    scale = torch.cat(kept)[..., member] if kept else torch.empty((0, blocks), device=w.device)
+    return Params(scale.contiguous(), tensor_parent, member.view(1, 1).to(torch.uint8))
+
+
+def _fit_one_scale(fmt: Format, fitter: _Fitter, w: Tensor) -> Params:
+    """One scale for the tensor: every candidate is scored on all rows."""
+    amax = w.abs().max().float().view(1) if w.numel() else torch.zeros(1, device=w.device)
+    if fmt.zero:
+        flat = torch.stack([w.min(), w.max()]).float().view(1, 2) if w.numel() else torch.zeros(1, 2, device=w.device)
+        return _fit_one_affine(fitter, w, flat)
+    stored, scale = fitter.stored(fitter.wanted(amax, 0, fitter.candidates), None, False)  # [1, M, C]
+    total = torch.zeros(scale.shape[1:], dtype=torch.float64, device=w.device)
+    for s in row_chunks(*w.shape):
+        x = w[s].float()
+        h = None if fitter.h is None else fitter.h.expand_as(x)
+        if fitter.small_units:
+            xs, hs = fitter.slots(x, h)
+            total += unit_errors(xs, hs, scale[:, 0].expand(len(x), -1), fitter.ladder, compiled=fitter.compiled).double().sum(0)
+        else:
+            x = x.abs() if fitter.ladder.mirrored else x
+            total += errors(x, h, scale.expand(len(x), -1, -1), fitter.ladder, compiled=fitter.compiled).double().sum(0)
+    best = int(total.argmin())
+    m, c = divmod(best, total.shape[1])
+    chosen, member = stored[:, m, c].view(1, 1), None
+    if fitter.small_units:
+        parts = []
+        for s in row_chunks(*w.shape):
+            xs, hs = fitter.slots(w[s].float(), None if fitter.h is None else fitter.h.expand(len(w[s]), -1))
+            wide = scale[:, m, c].view(1, 1).expand(xs.shape[1], 1)
+            parts.append(unit_choice(xs, hs, wide, fitter.ladder, compiled=fitter.compiled).to(torch.uint8))
+        units = fmt.geometry(w.shape[1]).units
+        member = torch.cat(parts) if parts else torch.empty((0, units), dtype=torch.uint8, device=w.device)
+    elif fmt.member_count > 1:
+        member = torch.full((1, 1), m, dtype=torch.uint8, device=w.device)
+    return Params(chosen, None, member)
+
+
+def _fit_one_affine(fitter: _Fitter, w: Tensor, ends: Tensor) -> Params:
+    top = float((1 << fitter.fmt.bits) - 1)
+    low, high = ends[:, 0].clamp_max(0), ends[:, 1].clamp_min(0)
+    shrink = torch.tensor([2.0 ** (-j / 16) for j in range(40 if fitter.rule == "mse" else 1)], device=w.device)
+    stored, scale = fitter.stored(((high - low) / top)[:, None] * shrink, None, False)
+    zero = (-low[:, None] * shrink / scale).round().clamp(0, top)
+    pairs = torch.stack([scale, zero], 1)
+    total = torch.zeros(len(shrink), dtype=torch.float64, device=w.device)
+    for s in row_chunks(*w.shape):
+        x = w[s].float()
+        h = None if fitter.h is None else fitter.h.expand_as(x)
+        total += affine_errors(x, h, pairs.expand(len(x), -1, -1), top, compiled=fitter.compiled).double().sum(0)
+    best = total.argmin().view(1, 1)
+    return Params(stored.gather(1, best), None, None, zero.gather(1, best))
+
+
+def _palette(fmt: Format, w: Tensor, h: Tensor | None) -> Tensor:
+    """Greedy palette (mant-family.md 2.5): add the candidate that lowers the summed error of absmax blocks most.
+
+    Scored on at most 2**15 blocks, taken evenly over the rows.
+    """
+    wide = replace(fmt, palette=0, scale=Scale(), member_home="plane")
+    fitter = _Fitter(wide, h, "absmax", w.device, False)
+    blocks = fmt.geometry(w.shape[1]).blocks
+    rows = w[:: max(1, len(w) * blocks // _PALETTE_BLOCKS)]
+    found = []
+    for s in row_chunks(*rows.shape, _CHUNK // 8):
+        found += [fitter.per_member(x, hx, None, free=False, each=True)[0] for x, hx, _ in fitter.pieces(rows[s].float(), None)]
+    if not found:
+        return torch.arange(fmt.palette, device=w.device)
+    err = torch.cat(found).double()  # [blocks, candidates]
+    chosen: list[int] = []
+    current = torch.full((len(err), 1), torch.inf, dtype=torch.float64, device=w.device)
+    for _ in range(fmt.palette):
+        gain = torch.minimum(err, current).sum(0)
+        if chosen:
+            gain[chosen] = torch.inf
+        chosen.append(int(gain.argmin()))
+        current = torch.minimum(current, err[:, chosen[-1:]])
+    return torch.tensor(sorted(chosen), device=w.device)

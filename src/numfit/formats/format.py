@@ -1,0 +1,269 @@
+"""A format: the frozen description of how numbers become bits, and what that costs.
+
+    ŵ[e] = (scale · parent)[block(e)] · ( grid[ member[unit(e)] ][ code[e] ] − zero[block(e)] )
+
+Blocks share a scale, units share a member of the family; both are runs of neighbours along the input dimension (the last
+axis), and a unit never straddles a block. This file holds the value and its arithmetic of sizes; the verbs are in
+fit.py (fit), codec.py (encode, decode) and tensor.py (pack, unpack).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from numfit.errors import FormatError
+from numfit.formats.grid import Grid
+from numfit.formats.packing import packed_bytes
+from numfit.formats.scale import STORES, Scale, word_dtype
+
+JSON_VERSION = 1
+
+
+class PlaneSpec(NamedTuple):
+    """Element type and shape of one stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Geometry(NamedTuple):
+    """How one row of `row` weights splits into blocks and units."""
+
+    row: int
+    block: int  # weights of a whole block
+    blocks: int  # blocks of a row, the last may be short
+    unit: int  # weights of a whole unit; a unit larger than a block counts as the block
+    units: int  # units of a row
+
+
+@dataclass(frozen=True)
+class Format:
+    """A numeric format. Equal parts make equal formats, whatever the name says.
+
+    Attributes:
+        name: the short name.
+        bits: width of a stored code.
+        members: the family, one grid per member; with `palette`, the candidates of which a tensor keeps some.
+        palette: how many candidates a tensor keeps; 0 means that the family is fixed.
+        unit: weights that share a member, or "block", or "tensor".
+        block: weights that share a scale, or "row", or "tensor".
+        scale: how scales are stored.
+        zero: whether each block has an integer zero point of `bits` bits.
+        rounding: what happens between levels: "down" (nearest, ties to the lower level), "even" (nearest, ties to the
+            even code, as MX and NV ask), "log" (thresholds at geometric means, PoTPTQ).
+        member_home: "plane", or "scale" where the index lives in spare bits of the scale word.
+    """
+
+    name: str = field(compare=False)
+    bits: int
+    members: tuple[Grid, ...]
+    palette: int = 0
+    unit: int | str = "block"
+    block: int | str = 128
+    scale: Scale = Scale()
+    zero: bool = False
+    rounding: str = "down"
+    member_home: str = "plane"
+
+    # -- derived numbers ------------------------------------------------------------------------------------------
+
+    @property
+    def member_count(self) -> int:
+        """Members a unit chooses among."""
+        return self.palette or len(self.members)
+
+    @property
+    def member_bits(self) -> int:
+        """Bits of one stored member index."""
+        return max(0, (self.member_count - 1).bit_length())
+
+    @property
+    def spare(self) -> int:
+        """Bits of each scale word that carry the member index."""
+        return self.member_bits if self.member_home == "scale" else 0
+
+    @property
+    def max_level(self) -> float:
+        """Largest magnitude of any member."""
+        return max(grid.max_level for grid in self.members)
+
+    @property
+    def parent_span(self) -> str | None:
+        """What must be complete before a block can be encoded: None, "row" or "tensor"."""
+        spans = (self.block, self.unit, self.scale.parent, "tensor" if self.palette else None)
+        return next((span for span in ("tensor", "row") if span in spans), None)
+
+    def geometry(self, row: int) -> Geometry:
+        """Blocks and units of a row of `row` weights."""
+        block = row if isinstance(self.block, str) else min(self.block, row)
+        blocks = -(-row // block)
+        unit = block if isinstance(self.unit, str) else min(self.unit, block)
+        tail = row - (blocks - 1) * block
+        return Geometry(row, block, blocks, unit, (blocks - 1) * -(-block // unit) + -(-tail // unit))
+
+    # -- sizes ----------------------------------------------------------------------------------------------------
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuse a shape that this format cannot hold.
+
+        Raises:
+            FormatError: no axis, an empty row, or a block larger than the row.
+        """
+        if len(shape) == 0 or shape[-1] == 0:
+            raise FormatError(f"{self.name} needs rows of at least one weight, not the shape {tuple(shape)}")
+        if isinstance(self.block, int) and self.block > shape[-1]:
+            raise FormatError(
+                f"{self.name} has blocks of {self.block} weights, but a row of this tensor {tuple(shape)} has only "
+                f"{shape[-1]}; use a smaller block such as '-g{1 << (shape[-1].bit_length() - 1)}', or '-row'"
+            )
+
+    def planes(self, shape: tuple[int, ...]) -> dict[str, PlaneSpec]:
+        """The stored tensors of a weight of `shape` [..., K], in file order."""
+        self.check_shape(shape)
+        *lead, row = shape
+        rows = tuple(lead)
+        g = self.geometry(row)
+        byte = torch.uint8
+        out = {"codes": PlaneSpec(byte, (*rows, packed_bytes(row, self.bits)))}
+        word = word_dtype(self.scale, self.spare)
+        width = STORES[self.scale.store].bits
+        if self.block == "tensor":
+            out["scale"] = PlaneSpec(word, (1,))
+        elif width == 6 and not self.spare:
+            out["scale"] = PlaneSpec(byte, (*rows, packed_bytes(g.blocks, 6)))
+        else:
+            out["scale"] = PlaneSpec(word, (*rows, g.blocks))
+        if self.member_bits and not self.spare:
+            if self.unit == "tensor":
+                out["member"] = PlaneSpec(byte, (1,))
+            else:
+                out["member"] = PlaneSpec(byte, (*rows, packed_bytes(g.units, self.member_bits)))
+        if self.zero:
+            zeros = (1,) if self.block == "tensor" else (*rows, packed_bytes(g.blocks, self.bits))
+            out["zero"] = PlaneSpec(byte, zeros)
+        if self.scale.parent == "row":
+            out["parent"] = PlaneSpec(torch.float16, rows or (1,))
+        elif self.scale.parent == "tensor":
+            out["parent"] = PlaneSpec(torch.float32, (1,))
+        if self.palette:
+            out["palette"] = PlaneSpec(byte, (self.palette,))
+        return out
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a weight of `shape` takes in the file."""
+        return sum(plane.nbytes for plane in self.planes(shape).values())
+
+    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
+        """Stored bits over weights, everything counted.
+
+        Raises:
+            FormatError: the shape holds no weight.
+        """
+        count = math.prod(shape)
+        if count == 0:
+            raise FormatError(f"a tensor of shape {tuple(shape)} has no weights, so bits per weight mean nothing")
+        return 8 * self.nbytes(shape) / count
+
+    # -- JSON -----------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """A self-contained description: a reader needs no catalogue, only `docs/format.md`."""
+        return {
+            "version": JSON_VERSION,
+            "name": self.name,
+            "bits": self.bits,
+            "members": [
+                {"name": g.name, "levels": [v if math.isfinite(v) else str(v) for v in g.levels], "never": sorted(g.never)}
+                for g in self.members
+            ],
+            "palette": self.palette,
+            "unit": self.unit,
+            "block": self.block,
+            "scale": {**asdict(self.scale), "tries": list(self.scale.tries)},
+            "zero": self.zero,
+            "rounding": self.rounding,
+            "member_home": self.member_home,
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Format:
+        """Rebuild a format from `to_json`.
+
+        Raises:
+            FormatError: the version is unknown, or a part is missing or impossible.
+        """
+        name = data.get("name", "?") if isinstance(data, dict) else "?"
+        if not isinstance(data, dict) or data.get("version") != JSON_VERSION:
+            version = data.get("version") if isinstance(data, dict) else data
+            raise FormatError(
+                f"the description of format '{name}' has version {version!r}, and this numfit reads {JSON_VERSION}; "
+                "a newer numfit is needed"
+            )
+        try:
+            return Format(
+                name=str(name),
+                bits=int(data["bits"]),
+                members=tuple(
+                    Grid(str(g["name"]), tuple(float(v) for v in g["levels"]), frozenset(int(c) for c in g["never"]))
+                    for g in data["members"]
+                ),
+                palette=int(data["palette"]),
+                unit=data["unit"],
+                block=data["block"],
+                scale=Scale(**{**data["scale"], "tries": tuple(float(v) for v in data["scale"]["tries"])}),
+                zero=bool(data["zero"]),
+                rounding=str(data["rounding"]),
+                member_home=str(data["member_home"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"the description of format '{name}' is damaged: {error!r}") from None
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem:
+            raise FormatError(f"{self.name}: {problem}")
+
+
+def _problem(f: Format) -> str | None:
+    """Why the parts cannot form a format, or None."""
+    if not 1 <= f.bits <= 8:
+        return f"codes have 1 to 8 bits, not {f.bits}"
+    if not f.members:
+        return "a family needs at least one member"
+    wrong = [g.name for g in f.members if len(g.levels) != 1 << f.bits]
+    if wrong:
+        return f"members {', '.join(wrong)} do not have 2**{f.bits} levels"
+    if f.scale.store not in STORES:
+        return f"scales are stored as one of {', '.join(STORES)}, not '{f.scale.store}'"
+    for what, value, words in (("block", f.block, ("row", "tensor")), ("unit", f.unit, ("block", "tensor"))):
+        if value not in words and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            return f"a {what} is a positive count or one of {', '.join(words)}, not {value!r}"
+    if f.palette and not 1 <= f.palette <= len(f.members) <= 256:
+        return f"a palette of {f.palette} cannot be chosen from {len(f.members)} candidates"
+    if isinstance(f.unit, int) and isinstance(f.block, int) and f.unit > f.block:
+        return f"a unit of {f.unit} weights would straddle blocks of {f.block}"
+    if f.scale.parent not in (None, "row", "tensor"):
+        return f"the parent of scales is a row or the tensor, not {f.scale.parent!r}"
+    if f.scale.parent == "row" and isinstance(f.block, str):
+        return f"@{f.scale.store} scales hang under one fp16 per row, which needs blocks smaller than a row (-g64, say)"
+    if (STORES[f.scale.store].parent is None) != (f.scale.parent is None):
+        return f"@{f.scale.store} scales have {'no' if f.scale.parent else 'a'} parent"
+    if f.block == "tensor" and (f.scale.parent or f.unit == "block" and f.member_count > 1):
+        return "one scale for the tensor needs neither a parent scale nor a member per block"
+    if f.rounding not in ("down", "even", "log"):
+        return f"rounding is down, even or log, not {f.rounding!r}"
+    if f.member_home not in ("plane", "scale"):
+        return f"a member index lives in a plane or in the scale, not in {f.member_home!r}"
+    if f.member_home == "scale" and (f.member_bits > STORES[f.scale.store].spare or f.unit != "block"):
+        return f"@{f.scale.store} scales have no room for a {f.member_bits}-bit member index per unit {f.unit!r}"
+    if f.zero and len(f.members) > 1:
+        return "a zero point and a family of several members exclude each other"
+    return None

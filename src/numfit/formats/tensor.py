@@ -1,0 +1,184 @@
+"""A quantized tensor: a format, a shape, and the planes exactly as a file holds them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from numfit.errors import CheckpointError, FormatError
+from numfit.formats.codec import decode, encode
+from numfit.formats.fit import Params, fit
+from numfit.formats.format import Format
+from numfit.formats.names import format as named_format
+from numfit.formats.packing import pack_bits, unpack_bits
+from numfit.formats.scale import STORES, from_word, to_word
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A weight in its stored form.
+
+    Attributes:
+        format: how to read the planes.
+        shape: of the weight, [..., K].
+        planes: plane name → contiguous tensor, as `format.planes(shape)` describes them.
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    planes: dict[str, Tensor]
+
+    @staticmethod
+    def from_planes(fmt: Format, shape: tuple[int, ...], planes: dict[str, Tensor], name: str = "tensor") -> QuantizedTensor:
+        """Check planes against the format and wrap them.
+
+        Raises:
+            CheckpointError: a plane is missing, unexpected, or of another type or shape; the message names it.
+        """
+        wanted = fmt.planes(tuple(shape))
+        for plane in sorted(wanted.keys() | planes.keys()):
+            if plane not in planes:
+                raise CheckpointError(f"{name} has no '{plane}' plane, which {fmt.name} needs; the checkpoint is incomplete")
+            if plane not in wanted:
+                raise CheckpointError(f"{name} has a '{plane}' plane, which {fmt.name} does not know; is the format right?")
+            have = planes[plane]
+            if have.dtype != wanted[plane].dtype or tuple(have.shape) != wanted[plane].shape:
+                raise CheckpointError(
+                    f"plane '{plane}' of {name} is {have.dtype} {tuple(have.shape)}, but {fmt.name} of shape {tuple(shape)} "
+                    f"stores {wanted[plane].dtype} {wanted[plane].shape} there"
+                )
+        return QuantizedTensor(fmt, tuple(shape), dict(planes))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes."""
+        return sum(plane.nbytes for plane in self.planes.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plane name → tensor."""
+        return dict(self.planes)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """The same tensor on another device."""
+        return QuantizedTensor(self.format, self.shape, {k: v.to(device) for k, v in self.planes.items()})
+
+    def select(self, index: Tensor | int | slice) -> QuantizedTensor:
+        """Entries of the first axis: rows of an embedding [N, K], or an expert of [E, N, K]. Planes without rows are shared."""
+        rows = self.shape[0] if len(self.shape) > 1 else None
+        if rows is None:
+            raise FormatError("a quantized vector has no rows to select")
+        shared = {n for n, p in self.format.planes(self.shape).items() if p.shape[:1] != (rows,) or _is_shared(self.format, n)}
+        planes = {n: p if n in shared else p[index] for n, p in self.planes.items()}
+        return QuantizedTensor(self.format, tuple(planes["codes"].shape[:-1]) + self.shape[-1:], planes)
+
+    def params(self) -> tuple[Tensor, Params]:
+        """Unpack: (codes uint8 [R, K], parameters)."""
+        fmt, k = self.format, self.shape[-1]
+        g = fmt.geometry(k)
+        rows = math.prod(self.shape[:-1])
+        p = self.planes
+        codes = unpack_bits(p["codes"].reshape(rows, p["codes"].shape[-1]), fmt.bits, k)
+        word = p["scale"]
+        if fmt.block == "tensor":
+            word = word.view(1, 1)
+        elif STORES[fmt.scale.store].bits == 6 and not fmt.spare:
+            word = unpack_bits(word.reshape(rows, word.shape[-1]), 6, g.blocks)
+        else:
+            word = word.reshape(rows, g.blocks)
+        scale, member = from_word(fmt.scale, word, fmt.spare)
+        if "member" in p:
+            one = fmt.unit == "tensor"
+            member = p["member"].view(1, 1) if one else unpack_bits(p["member"].reshape(rows, -1), fmt.member_bits, g.units)
+        zero = None
+        if "zero" in p:
+            one = fmt.block == "tensor"
+            zero = (p["zero"].view(1, 1) if one else unpack_bits(p["zero"].reshape(rows, -1), fmt.bits, g.blocks)).float()
+        parent = p["parent"].float().view(-1, 1) if "parent" in p else None
+        palette = p["palette"].long() if "palette" in p else None
+        return codes, Params(scale, parent, member, zero, palette)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight, computed in fp32 and rounded once to `dtype`; shape `self.shape`."""
+        codes, params = self.params()
+        return decode(self.format, codes, params, dtype).view(self.shape)
+
+    def __repr__(self) -> str:
+        bits = 8 * self.nbytes / max(1, math.prod(self.shape))
+        return f"QuantizedTensor({self.format.name}, shape={tuple(self.shape)}, {bits:.4g} bits per weight)"
+
+
+def _is_shared(fmt: Format, plane: str) -> bool:
+    return (
+        plane == "palette"
+        or plane == "parent" and fmt.scale.parent == "tensor"
+        or plane == "member" and fmt.unit == "tensor"
+        or plane in ("scale", "zero") and fmt.block == "tensor"
+    )
+
+
+def pack(fmt: Format, shape: tuple[int, ...], codes: Tensor, params: Params) -> QuantizedTensor:
+    """Lay codes [R, K] and parameters out as planes."""
+    specs = fmt.planes(shape)
+    planes = {"codes": pack_bits(codes, fmt.bits)}
+    word = to_word(fmt.scale, params.scale, params.member, fmt.spare)
+    packed_scale = STORES[fmt.scale.store].bits == 6 and not fmt.spare and fmt.block != "tensor"
+    planes["scale"] = pack_bits(word, 6) if packed_scale else word
+    if "member" in specs:
+        assert params.member is not None
+        planes["member"] = params.member if fmt.unit == "tensor" else pack_bits(params.member, fmt.member_bits)
+    if "zero" in specs:
+        assert params.zero is not None
+        planes["zero"] = params.zero.to(torch.uint8) if fmt.block == "tensor" else pack_bits(params.zero, fmt.bits)
+    if "parent" in specs:
+        assert params.parent is not None
+        planes["parent"] = params.parent.to(specs["parent"].dtype)
+    if "palette" in specs:
+        assert params.palette is not None
+        planes["palette"] = params.palette.to(torch.uint8)
+    return QuantizedTensor(fmt, tuple(shape), {n: planes[n].reshape(specs[n].shape).contiguous() for n in specs})
+
+
+def quantize_tensor(
+    w: Tensor, format: Format | str, *, scale_rule: str = "mse", importance: Tensor | None = None
+) -> QuantizedTensor:
+    """Quantize one weight to the nearest levels of a format, without calibration.
+
+    Args:
+        w: fp16, bf16 or fp32 weights [..., K]; the last axis is the input dimension.
+        format: a `Format` or its name.
+        scale_rule: see `numfit.formats.fit.fit`.
+        importance: weight of each input channel's squared error [K], or None.
+
+    Raises:
+        FormatError: a bad name or shape, an element type that is not a float, or NaN or Inf (the message says where).
+    """
+    fmt = named_format(format) if isinstance(format, str) else format
+    if w.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise FormatError(f"weights must be fp16, bf16 or fp32, not {w.dtype}")
+    fmt.check_shape(tuple(w.shape))
+    k = w.shape[-1]
+    flat = w.detach().reshape(-1, k)
+    _check_finite(flat, tuple(w.shape))
+    if importance is not None:
+        if tuple(importance.shape) != (k,):
+            raise FormatError(f"importance has shape {tuple(importance.shape)}, but the weight has {k} input channels")
+        if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
+            raise FormatError("importance must be finite and not negative")
+    params = fit(fmt, flat, importance, scale_rule)
+    return pack(fmt, tuple(w.shape), encode(fmt, flat, params), params)
+
+
+def _check_finite(flat: Tensor, shape: tuple[int, ...]) -> None:
+    if flat.numel() == 0 or bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(flat).all()):
+        return  # a finite sum has finite terms: one cheap pass in the common case
+    bad = ~torch.isfinite(flat)
+    first = int(bad.flatten().int().argmax())
+    where = [int(i) for i in torch.unravel_index(torch.tensor(first), shape)]
+    value = flat.flatten()[first].item()
+    raise FormatError(
+        f"the weight holds {int(bad.sum())} values that are NaN or Inf, the first ({value}) at index {where}; "
+        "no format can store them, so repair the source or skip this tensor"
+    )
