@@ -38,3 +38,12 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     raise AttributeError(f"module 'numfit' has no attribute '{name}'")
+
+
+def _install_hook() -> None:
+    from numfit.integrations import install_lazy_transformers_hook
+
+    install_lazy_transformers_hook()
+
+
+_install_hook()  # so that transformers' own from_pretrained reads numfit checkpoints; imports nothing yet

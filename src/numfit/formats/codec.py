@@ -13,9 +13,11 @@ from torch import Tensor
 
 from numfit.formats.fit import Params, family, row_chunks
 from numfit.formats.format import Format
+from numfit.formats.fused import try_fused
 from numfit.formats.nearest import CHAIN_MAX, rank, tables
 
 _CHUNK = 1 << 18  # weights at a time: the intermediates stay in cache
+FUSE_FROM = 1 << 27  # comparisons from which compiling them pays for itself
 
 
 def _per_weight(values: Tensor, row: int, block: int, blocks: int) -> Tensor:
@@ -47,6 +49,19 @@ def _slice(values: Tensor, s: slice) -> Tensor:
     return values if len(values) == 1 else values[s]
 
 
+def _rank_chain(u: Tensor, edges: Tensor) -> Tensor:
+    """As `nearest.rank`, written for fusion: a sum of comparisons in fp32."""
+    out = torch.zeros_like(u)
+    for k in range(edges.shape[1]):
+        out = out + torch.where(u > edges[:, k : k + 1], 1.0, 0.0)
+    return out.to(torch.uint8)
+
+
+def _rank_units(u: Tensor, edges: Tensor, fuse: bool) -> Tensor:
+    fused = try_fused(_rank_chain, u, edges) if fuse else None
+    return rank(u, edges) if fused is None else fused
+
+
 def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
     """Nearest codes.
 
@@ -63,6 +78,8 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
     effective = params.effective_scale()
     out = torch.empty((rows, k), dtype=torch.uint8, device=w.device)
     flat_codes = t.codes.flatten()
+    # comparisons are exact, so fused and eager codes are equal; GPU kernels are launched fast enough unfused
+    fuse = w.numel() * t.codes.shape[1] >= FUSE_FROM and w.device.type == "cpu"
     for s in row_chunks(rows, k, _CHUNK):
         u = w[s].float() / _per_weight(_slice(effective, s), k, g.block, g.blocks)
         if params.zero is not None:
@@ -80,7 +97,7 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
             r = torch.zeros_like(out[s])
             edges = t.thresholds[_slice(params.member, s).flatten().int()]  # [units, ranks - 1]
             if g.units * g.unit == k:
-                r = rank(u.view(-1, g.unit), edges).view(-1, k)
+                r = _rank_units(u.view(-1, g.unit), edges, fuse).view(-1, k)
             else:
                 column = _unit_of_column(fmt, k, w.device)
                 wide = edges.view(len(u), g.units, -1)

@@ -296,7 +296,7 @@ class _Fitter:
             best = torch.where(better, stored.gather(1, index), best)
             best_scale = torch.where(better, scale.gather(1, index), best_scale)
         choice = unit_choice(xs, hs, best_scale, self.ladder, compiled=self.compiled)
-        return best, choice.to(torch.uint8)
+        return best, choice
 
     def slots(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, n] → [unit, B, units], short units padded with weights of no importance."""
@@ -369,7 +369,7 @@ def _fit_one_scale(fmt: Format, fitter: _Fitter, w: Tensor) -> Params:
         for s in row_chunks(*w.shape):
             xs, hs = fitter.slots(w[s].float(), None if fitter.h is None else fitter.h.expand(len(w[s]), -1))
             wide = scale[:, m, c].view(1, 1).expand(xs.shape[1], 1)
-            parts.append(unit_choice(xs, hs, wide, fitter.ladder, compiled=fitter.compiled).to(torch.uint8))
+            parts.append(unit_choice(xs, hs, wide, fitter.ladder, compiled=fitter.compiled))
         units = fmt.geometry(w.shape[1]).units
         member = torch.cat(parts) if parts else torch.empty((0, units), dtype=torch.uint8, device=w.device)
     elif fmt.member_count > 1:

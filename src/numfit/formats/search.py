@@ -1,9 +1,8 @@
 """The scale search: squared error of every member under every candidate scale, in one fused pass.
 
 This is the hot loop of data-free quantization: weights × members × candidates evaluations, each a chain of compares.
-Written eagerly it is bound by memory passes (about 45 times slower, performance.md section 6); here the chain is a
-`where` ladder that torch.compile fuses into one loop, and the same function run eagerly is its reference. Large problems
-only are compiled, since a compilation costs seconds.
+The chain is a `where` ladder that torch.compile fuses into one loop (fused.py); the same function run eagerly is its
+reference. Both find the same minimum up to ties of fp32 sums.
 
 Candidates run from large to small scales. Once a scale clips, the error of the block's largest weight alone,
 h·(|w| - s·max_level)², bounds the block's error from below, and grows as s shrinks; a block whose best error is already under that
@@ -12,16 +11,15 @@ bound is finished. The pruned search therefore finds the same minimum as the ful
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from numfit.formats.fused import try_fused
 from numfit.formats.nearest import CHAIN_MAX, Ladder
 
-COMPILE_FROM = 1 << 27  # evaluations from which compiling pays for itself
+COMPILE_FROM = 1 << 25  # evaluations from which compiling pays for itself
 BATCH = 4  # candidates evaluated between two rounds of pruning
 _EAGER_CELLS = 1 << 21  # intermediates of the eager form, in elements
 
@@ -58,33 +56,46 @@ def _searched_errors(x: Tensor, h: Tensor | None, scale: Tensor, levels: Tensor,
     return e.sum(-1) * scale * scale
 
 
+def _member_totals(x: Tensor, h: Tensor | None, inverse: Tensor, levels: Tensor, edges: Tensor) -> list[Tensor]:
+    """Squared error of each unit under each member, in scaled units; x, h [k, B, …, units].
+
+    Members are unrolled, not a tensor axis: taking the better of two is then one more elementwise step of the same fused
+    loop, where a reduction over an axis would write every member's errors to memory first.
+    """
+    totals = []
+    for m in range(levels.shape[0]):
+        total = None
+        for slot in range(x.shape[0]):
+            u = x[slot] * inverse
+            d = _round_to_ladder(u, levels[m : m + 1], edges[m : m + 1], (1,) * u.dim()) - u
+            e = d * d if h is None else d * d * h[slot]
+            total = e if total is None else total + e
+        assert total is not None
+        totals.append(total)
+    return totals
+
+
 def _unit_errors(x: Tensor, h: Tensor | None, scale: Tensor, levels: Tensor, edges: Tensor) -> Tensor:
     """Units smaller than the block: each unit takes its better member under the block's one scale.
 
     x, h [k, B, units], slot by slot so that the long axis stays innermost; scale [B, C] → errors [B, C].
     """
-    inverse = (1.0 / scale)[:, None, :, None]  # [B, 1, C, 1]
-    total = None
-    for slot in range(x.shape[0]):
-        u = x[slot][:, None, None, :] * inverse
-        d = _round_to_ladder(u, levels, edges) - u  # [B, M, C, units]
-        e = d * d if h is None else d * d * h[slot][:, None, None, :]
-        total = e if total is None else total + e
-    assert total is not None
-    return total.amin(1).sum(-1) * scale * scale
+    inverse = (1.0 / scale)[..., None]  # [B, C, 1]
+    totals = _member_totals(x[:, :, None], None if h is None else h[:, :, None], inverse, levels, edges)
+    best = totals[0]
+    for total in totals[1:]:
+        best = torch.minimum(best, total)
+    return best.sum(-1) * scale * scale
 
 
 def _unit_choice(x: Tensor, h: Tensor | None, scale: Tensor, levels: Tensor, edges: Tensor) -> Tensor:
-    """Best member of each unit under a given scale [B, 1]; as `_unit_errors` → int64 [B, units], ties to the lower."""
-    inverse = (1.0 / scale)[:, None, :]  # [B, 1, 1]
-    total = None
-    for slot in range(x.shape[0]):
-        u = x[slot][:, None, :] * inverse
-        d = _round_to_ladder(u, levels, edges, (-1, 1)) - u  # [B, M, units]
-        e = d * d if h is None else d * d * h[slot][:, None, :]
-        total = e if total is None else total + e
-    assert total is not None
-    return total.argmin(1)
+    """Best member of each unit under a given scale [B, 1] → uint8 [B, units], ties to the lower."""
+    best, *others = _member_totals(x, h, 1.0 / scale, levels, edges)
+    choice = torch.zeros_like(best, dtype=torch.uint8)
+    for m, total in enumerate(others, 1):
+        choice = torch.where(total < best, torch.full_like(choice, m), choice)
+        best = torch.minimum(best, total)
+    return choice
 
 
 def _affine_errors(x: Tensor, h: Tensor | None, pairs: Tensor, top: float) -> Tensor:
@@ -97,28 +108,10 @@ def _affine_errors(x: Tensor, h: Tensor | None, pairs: Tensor, top: float) -> Te
     return e.sum(-1) * scale * scale
 
 
-@lru_cache(maxsize=8)
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
-
-
-_state = {"compile": True}
-
-
 def _run(function: Callable[..., Tensor], cells: int, compiled: bool, *args: object) -> Tensor:
-    """Run fused if asked and possible; say once where it is not."""
-    if compiled and _state["compile"]:
-        try:
-            with torch._dynamo.config.patch(cache_size_limit=64):  # type: ignore[attr-defined]
-                return _compiled(function)(*args)
-        except Exception as error:  # torch raises many kinds here; all mean that no fused kernel can be built
-            _state["compile"] = False
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warnings.warn(
-                f"torch.compile cannot build the fused scale search ({reason[:200]}); results are the same, but fitting is "
-                "several times slower. A working C++ compiler (g++) and the Python headers would mend it.",
-                stacklevel=2,
-            )
+    """Run fused if asked and possible, else eagerly in chunks of blocks that bound the intermediates."""
+    if compiled and (result := try_fused(function, *args)) is not None:
+        return result
     rows = max(1, _EAGER_CELLS // max(1, cells))
     x, h, scale, *rest = args
     assert isinstance(x, Tensor) and isinstance(scale, Tensor)
@@ -162,7 +155,7 @@ def unit_errors(x: Tensor, h: Tensor | None, scale: Tensor, ladder: Ladder, *, c
 
 
 def unit_choice(x: Tensor, h: Tensor | None, scale: Tensor, ladder: Ladder, *, compiled: bool) -> Tensor:
-    """Best member of each unit; see `_unit_choice`. Returns int64 [B, units]."""
+    """Best member of each unit; see `_unit_choice`. Returns uint8 [B, units]."""
     cells = x.shape[-1] * ladder.levels.shape[0]
     return _run(_unit_choice, cells, compiled, x, h, scale, ladder.levels, ladder.thresholds)
 

@@ -1,0 +1,96 @@
+"""`numfit run`: a sentence from a model, on the terminal, as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+NAME = "run"
+HELP = "continue a prompt with a model (quantized or not), streaming the text"
+EPILOG = """\
+examples:
+  numfit run my-model-mant4 --prompt "The capital of France is"
+  numfit run my-model-mant4 --prompt "Write a haiku about rounding." --temperature 0.8 --seed 1
+  numfit run my-model-mant4 --prompt "Once upon a time" --raw --max-tokens 40   # no chat template
+  numfit run my-model-mant4 --prompt "Hello" --decode-once    # faster, in the memory of the unquantized model
+  numfit run my-model-mant4 --prompt "Hello" --json | jq .text
+
+The text goes to standard output, everything else to standard error. A model with a chat template answers the prompt as a
+user's message; --raw continues it as it stands. Weights are decoded anew for every token, which is slow for now.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="DIR", help="a numfit checkpoint or a Hugging Face directory")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue or to answer; '-' reads standard input")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens at most (default 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default), 1 samples as trained")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of probability")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    parser.add_argument("--raw", action="store_true", help="do not use the chat template")
+    parser.add_argument("--decode-once", action="store_true", help="decode all weights first: faster, but as large as before")
+    parser.add_argument("--dtype", default="auto", help="of activations: auto (as config.json), float32, bfloat16, float16")
+    parser.add_argument("--device", metavar="DEVICE", help="where to run, for instance cuda (default: the CPU)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from numfit.errors import OptionError
+    from numfit.runtime import decode_model, generate, load
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt.strip():
+        raise OptionError("the prompt is empty; give some text, for instance --prompt 'The capital of France is'")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise OptionError(f"--threads must be at least 1, not {args.threads}")
+        torch.set_num_threads(args.threads)
+
+    started = time.perf_counter()
+    print(f"loading {args.model} …", end="", file=sys.stderr, flush=True)
+    try:
+        model, tokenizer = load(args.model, dtype=args.dtype, device=args.device)
+    except BaseException:
+        print(file=sys.stderr)
+        raise
+    size = _megabytes(model)
+    if args.decode_once:
+        decode_model(model)
+    grown = f", decoded to {_megabytes(model):.0f} MB" if args.decode_once else ""
+    print(f" {time.perf_counter() - started:.1f} s, {size:.0f} MB of weights{grown}", file=sys.stderr)
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    result = generate(
+        model, tokenizer, prompt, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
+        seed=args.seed, raw=args.raw, on_text=None if args.json else show,
+    )  # fmt: skip
+    if args.json:
+        out = {
+            "prompt": prompt,
+            "text": result.text,
+            "prompt_tokens": result.prompt_tokens,
+            "new_tokens": result.new_tokens,
+            "seconds": round(result.seconds, 3),
+            "tokens_per_second": round(result.tokens_per_second, 3),
+            "weights_bytes": round(size * 1e6),
+        }
+        print(json.dumps(out, ensure_ascii=False, indent=1))
+    else:
+        print()
+    print(
+        f"{result.new_tokens} tokens in {result.seconds:.1f} s: {result.tokens_per_second:.2f} tokens/s", file=sys.stderr
+    )
+    return 0
+
+
+def _megabytes(model: object) -> float:
+    """Parameters and buffers, shared ones counted once, in 10⁶ bytes."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}  # type: ignore[attr-defined]
+    return sum(tensors.values()) / 1e6

@@ -1,0 +1,7 @@
+"""Loading and running models whose weights stay packed. Nothing here imports transformers before it is asked to load."""
+
+from numfit.runtime.generate import Generated, generate
+from numfit.runtime.loading import load
+from numfit.runtime.modules import decode_model
+
+__all__ = ["Generated", "decode_model", "generate", "load"]
