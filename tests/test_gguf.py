@@ -35,17 +35,19 @@ TOKENS = SPECIAL + byte_alphabet() + [merge.replace(" ", "") for merge in MERGES
 
 
 def tiny_model(kind: str, **changes):
-    shape = dict(
-        hidden_size=HIDDEN, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, intermediate_size=FFN,
-        num_hidden_layers=LAYERS, vocab_size=len(TOKENS), max_position_embeddings=128,
-    ) | changes  # fmt: skip
+    shape = {
+        "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS, "vocab_size": len(TOKENS), "max_position_embeddings": 128,
+    } | changes  # fmt: skip
     torch.manual_seed(0)
     if kind == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(head_dim=HEAD_DIM, rms_norm_eps=1e-5, **shape))
     elif kind == "qwen2":
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(rms_norm_eps=1e-6, **shape))
     else:
-        config = transformers.Gemma3TextConfig(head_dim=HEAD_DIM, sliding_window=8, query_pre_attn_scalar=HEAD_DIM, **shape)
+        config = transformers.Gemma3TextConfig(
+            head_dim=HEAD_DIM, sliding_window=8, query_pre_attn_scalar=HEAD_DIM, **shape
+        )
         model = transformers.Gemma3ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:  # norms and biases start constant, which would hide mistakes
@@ -56,12 +58,14 @@ def tiny_model(kind: str, **changes):
 
 
 NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 GEMMA_NAMES = NAMES | {
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "post_attention_norm",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -80,7 +84,9 @@ def llama_permute(w: np.ndarray, heads: int) -> np.ndarray:
     return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def write_gguf(path, model, kind="llama", types=None, tokenizer=True, more=None, extra_tensors=None, drop=(), changes=None):
+def write_gguf(
+    path, model, kind="llama", types=None, tokenizer=True, more=None, extra_tensors=None, drop=(), changes=None
+):
     """Write `model` as llama.cpp would; returns Hugging Face name -> values as quantized (in Hugging Face's order)."""
     types = types or {}
     config = model.config
@@ -184,7 +190,11 @@ def test_converted_directory_has_tokenizer_chat_template_and_dtype(llama_file, t
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 2
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+    )
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == (
         "<|im_start|>hello<|im_end|>"
     )
@@ -198,7 +208,21 @@ def test_converted_directory_has_tokenizer_chat_template_and_dtype(llama_file, t
 
 
 def sentencepiece_file(path, prefix):
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "c", "ab", "abc", "▁a", "bc", "▁ab"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        "a",
+        "b",
+        "c",
+        "ab",
+        "abc",
+        "▁a",
+        "bc",
+        "▁ab",
+    ]
     scores = [0.0] * 259 + [-9.0, -9.0, -9.0, -9.0, -1.0, -5.0, -2.0, -3.0, -4.0]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
@@ -255,14 +279,19 @@ def test_header_agrees_with_the_gguf_package(llama_file):
     assert header.metadata == theirs
     for tensor in reader.tensors:
         ours = header.tensors[tensor.name]
-        assert (ours.offset, ours.nbytes, ours.shape) == (tensor.data_offset, tensor.n_bytes, tuple(tensor.shape[::-1].tolist()))
+        assert (ours.offset, ours.nbytes, ours.shape) == (
+            tensor.data_offset,
+            tensor.n_bytes,
+            tuple(tensor.shape[::-1].tolist()),
+        )
     assert len(header.tensors) == len(reader.tensors)
 
 
 def llama3_factors() -> np.ndarray:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192}  # fmt: skip
     config = transformers.LlamaConfig(head_dim=HEAD_DIM, rope_parameters=rope)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

@@ -79,13 +79,16 @@ def test_experts_in_numeric_order_share_the_norm_with_their_router(router, exper
     layer = decoder_map(model(inside, 1), CONFIG).layers[0]
     assert [ff.expert for ff in layer.feed_forwards] == [*range(11), None]  # experts, then the shared one
     p = "model.layers.0." + expert.format(10)
-    assert (layer.feed_forwards[10].gate, layer.feed_forwards[10].up, layer.feed_forwards[10].down) == tuple(p + x for x in parts)
+    assert (layer.feed_forwards[10].gate, layer.feed_forwards[10].up, layer.feed_forwards[10].down) == tuple(
+        p + x for x in parts
+    )
     assert layer.routers == (f"model.layers.0.{router}",) and layer.routers[0] in layer.ffn_inputs
     assert len(layer.ffn_inputs) == 2 * 12 + 1 and not layer.unexplained
 
 
 def test_packed_experts_fused_projections_and_the_unknown_are_named():
-    inside = ["self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
+    inside = ["self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.experts.gate_up_proj",
+              "mlp.experts.down_proj",
               "mlp.router.weight", "mlp.experts.down_proj_bias", *LLAMA[-2:]]  # fmt: skip
     layer = decoder_map(model(inside, 1), CONFIG).layers[0]
     p = "model.layers.0."

@@ -9,9 +9,9 @@ Gives up: architectures outside `gguf_names.ARCHITECTURES`. Rules: models-and-da
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from numfit.checkpoint import gguf_tokenizer
 from numfit.checkpoint.gguf_header import GGUFHeader, GGUFTensor, damaged, read_header
 from numfit.checkpoint.gguf_names import architecture, hugging_face_config, hugging_face_names, to_hugging_face
 from numfit.checkpoint.plain_directory import staged_directory, write_json, write_tensors
-from numfit.checkpoint.safetensors_file import DTYPE_NAMES, Slot, TensorInfo
+from numfit.checkpoint.safetensors_file import DTYPE_NAMES, Slot, TensorInfo, sha256_file
 from numfit.errors import CheckpointError, OptionError, require
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -71,11 +71,11 @@ class GGUFSource:
 
     def fingerprint(self) -> dict[str, Any]:
         """Name, size and sha256 of the file."""
-        digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-        return {"files": {self.path.name: {"bytes": self.header.size, "sha256": digest.hexdigest()}}}
+        return {"files": {self.path.name: {"bytes": self.header.size, "sha256": self._sha256}}}
+
+    @cached_property
+    def _sha256(self) -> str:
+        return sha256_file(self.path)
 
     def _line(self, name: str) -> GGUFTensor:
         if name not in self.origin:
@@ -142,7 +142,9 @@ def _same_matrix(header: GGUFHeader, origin: dict[str, str]) -> bool:
     if embedding.shape != head.shape:
         return False
     first = np.linspace(0, embedding.shape[0] - 1, min(SAMPLE_ROWS, embedding.shape[0])).astype(int)
-    e, h = (torch.cat([_dequantize(header, t, int(row), int(row) + 1) for row in first]).double() for t in (embedding, head))
+    e, h = (
+        torch.cat([_dequantize(header, t, int(row), int(row) + 1) for row in first]).double() for t in (embedding, head)
+    )
     return bool((e - h).square().sum() <= SAME_MATRIX * h.square().sum())
 
 
@@ -168,8 +170,8 @@ def _dequantize(header: GGUFHeader, tensor: GGUFTensor, begin: int = 0, end: int
                 block[:] = packed.view("<f8") if kind.name == "F64" else gguf.dequantize(packed, kind)
             except NotImplementedError:
                 raise CheckpointError(
-                    f"{header.path}: tensor '{tensor.name}' is of type {kind.name}, which the installed 'gguf' package cannot "
-                    "dequantize; upgrade it, or use another quantization of the model"
+                    f"{header.path}: tensor '{tensor.name}' is of type {kind.name}, which the installed 'gguf' package "
+                    "cannot dequantize; upgrade it, or use another quantization of the model"
                 ) from None
     whole = (begin, end) == (0, lines)
     return torch.from_numpy(out.reshape(tensor.shape) if whole else out)

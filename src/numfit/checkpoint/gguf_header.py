@@ -1,9 +1,9 @@
 """The header of a GGUF file: metadata and tensor table, read with every count and offset checked before it is believed.
 
-A GGUF file is: magic, version, two counts, key/value metadata, a tensor table, then the tensors' bytes. The `gguf` package
-has a reader too, but it trusts the header: a damaged count makes it loop for hours, a damaged length is silently cut
-short, a truncated file surfaces as a numpy error. So this file walks the header itself, within the file's real size, and
-leaves to the `gguf` package what it is the authority on: the block types and their dequantization.
+A GGUF file is: magic, version, two counts, key/value metadata, a tensor table, then the tensors' bytes. The `gguf`
+package has a reader too, but it trusts the header: a damaged count makes it loop for hours, a damaged length is
+silently cut short, a truncated file surfaces as a numpy error. So this file walks the header itself, within the file's
+real size, and leaves to the `gguf` package what it is the authority on: the block types and their dequantization.
 
 Gives up: big-endian files, version 1, nested arrays (no model file uses them), files split into several parts.
 Layout: the GGUF specification of the ggml project, versions 2 and 3.
@@ -25,7 +25,19 @@ from numfit.errors import CheckpointError, require
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
-SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8"}
+SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "<u1",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 BOOL = 7
 MAX_DIMENSIONS = 4
 SMALLEST_PAIR = 8 + 4 + 1  # bytes: key length, value type, a one-byte value
@@ -34,7 +46,7 @@ SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes: name length, rank, one dimension, 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One line of the tensor table. `shape` is in torch order (rows first); `offset` counts from the start of the file."""
+    """One line of the tensor table: `shape` in torch order (rows first), `offset` from the start of the file."""
 
     name: str
     type_id: int
@@ -79,7 +91,9 @@ class _Walk:
 
     def take(self, nbytes: int, what: str) -> bytes:
         if nbytes > len(self.data) - self.at:
-            raise damaged(self.path, f"{what} needs {nbytes} bytes at byte {self.at}, but the file ends at {len(self.data)}")
+            raise damaged(
+                self.path, f"{what} needs {nbytes} bytes at byte {self.at}, but the file ends at {len(self.data)}"
+            )
         self.at += nbytes
         return self.data[self.at - nbytes : self.at]
 
@@ -97,9 +111,11 @@ class _Walk:
             raise damaged(self.path, f"{what} is not valid UTF-8") from None
 
     def room_for(self, count: int, smallest: int, what: str) -> int:
-        """`count`, once it is plain that so many items of at least `smallest` bytes can stand in the rest of the file."""
+        """`count`, once it is plain that the rest of the file can hold so many items of `smallest` bytes or more."""
         if count * smallest > len(self.data) - self.at:
-            raise damaged(self.path, f"the header claims {count} {what}, more than the {len(self.data)}-byte file can hold")
+            raise damaged(
+                self.path, f"the header claims {count} {what}, more than the {len(self.data)}-byte file can hold"
+            )
         return count
 
     def value(self, kind: int, what: str) -> Any:
@@ -126,7 +142,7 @@ def read_header(path: str | Path) -> GGUFHeader:
     """Read and check the header of the GGUF file at `path`; of the tensors only position and extent are looked at.
 
     Raises:
-        CheckpointError: the file is missing, no GGUF, of an unsupported version, truncated, or claims what it cannot hold.
+        CheckpointError: missing, no GGUF, of an unsupported version, truncated, or claiming what it cannot hold.
     """
     path = Path(path)
     try:
@@ -145,7 +161,9 @@ def _walk(path: Path, walk: _Walk, size: int) -> GGUFHeader:
     walk.at = 4
     version = walk.u32("the version")
     if version not in VERSIONS:
-        raise CheckpointError(f"{path}: GGUF version {version} is not supported, only little-endian versions 2 and 3 are")
+        raise CheckpointError(
+            f"{path}: GGUF version {version} is not supported, only little-endian versions 2 and 3 are"
+        )
     tensor_count = walk.u64("the tensor count")
     pair_count = walk.room_for(walk.u64("the metadata count"), SMALLEST_PAIR, "metadata entries")
     walk.room_for(tensor_count, SMALLEST_TENSOR, "tensors")
@@ -156,7 +174,9 @@ def _walk(path: Path, walk: _Walk, size: int) -> GGUFHeader:
             raise damaged(path, f"metadata '{key}' occurs twice")
         metadata[key] = walk.value(walk.u32(f"metadata '{key}'"), f"metadata '{key}'")
     if metadata.get("split.count", 1) not in (0, 1):
-        raise CheckpointError(f"{path}: this is one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
+        raise CheckpointError(
+            f"{path}: this is one part of a split GGUF; join the parts first (llama-gguf-split --merge)"
+        )
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise damaged(path, f"metadata 'general.alignment' is {alignment!r}, not a power of two")
@@ -200,5 +220,7 @@ def _extent(path: Path, name: str, shape: tuple[int, ...], type_id: int) -> tupl
     if min(shape) < 1:
         raise damaged(path, f"tensor '{name}' has the impossible shape {shape}")
     if shape[-1] % block:
-        raise damaged(path, f"tensor '{name}' has rows of {shape[-1]}, not a multiple of the {kind.name} block of {block}")
+        raise damaged(
+            path, f"tensor '{name}' has rows of {shape[-1]}, not a multiple of the {kind.name} block of {block}"
+        )
     return kind.name, math.prod(shape) // block * nbytes

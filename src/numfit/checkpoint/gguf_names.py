@@ -1,8 +1,8 @@
 """What llama.cpp did to a model when it wrote the GGUF file, undone: tensor names, value conventions, configuration.
 
 GGUF renames tensors, permutes the rows of q and k of the `llama` architecture (its rotary embedding pairs neighbours,
-Hugging Face's pairs halves), stores Gemma's norms as 1 + w, and keeps the configuration as flat metadata. One table row an
-architecture; whatever a row does not explain is an error, because a tensor left out would be a different model.
+Hugging Face's pairs halves), stores Gemma's norms as 1 + w, and keeps the configuration as flat metadata. One table
+row an architecture; whatever a row does not explain is an error, because a tensor left out would be a different model.
 
 Gives up: mixtures of experts, per-layer head counts, rotary scaling other than none, linear, and Llama 3.1's.
 Source: models-and-data specification §2.3; checked bit for bit against transformers' own GGUF loading.
@@ -73,8 +73,8 @@ def architecture(header: GGUFHeader) -> tuple[str, Architecture]:
     name = header.need("general.architecture", str)
     if name not in ARCHITECTURES:
         raise CheckpointError(
-            f"{header.path}: the GGUF architecture '{name}' is not supported (only {', '.join(sorted(ARCHITECTURES))} are); "
-            "quantize the model's original safetensors instead"
+            f"{header.path}: the GGUF architecture '{name}' is not supported (only {', '.join(sorted(ARCHITECTURES))} "
+            "are); quantize the model's original safetensors instead"
         )
     return name, ARCHITECTURES[name]
 
@@ -87,10 +87,12 @@ def hugging_face_names(header: GGUFHeader, arch: Architecture) -> dict[str, str]
     """
     blocks = _number(header, "block_count")
     if blocks * len(arch.block) > len(header.tensors):
-        raise damaged(header.path, f"metadata 'block_count' is {blocks}, but there are only {len(header.tensors)} tensors")
+        raise damaged(
+            header.path, f"metadata 'block_count' is {blocks}, but there are only {len(header.tensors)} tensors"
+        )
     found: dict[str, str] = {}
     for name in header.tensors:
-        stem, dot, suffix = name.rpartition(".")
+        stem, _dot, suffix = name.rpartition(".")
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
         if match and int(match[1]) < blocks and match[2] in arch.block and suffix in ("weight", "bias"):
             found[f"model.layers.{int(match[1])}.{arch.block[match[2]]}.{suffix}"] = name
@@ -98,8 +100,8 @@ def hugging_face_names(header: GGUFHeader, arch: Architecture) -> dict[str, str]
             found[f"{OUTSIDE[stem]}.{suffix}"] = name
         elif name != ROPE_FACTORS:
             raise CheckpointError(
-                f"{header.path}: tensor '{name}' does not belong to a {arch.model_type} model of {blocks} blocks as numfit "
-                "knows it; quantize the model's original safetensors instead"
+                f"{header.path}: tensor '{name}' does not belong to a {arch.model_type} model of {blocks} blocks as "
+                "numfit knows it; quantize the model's original safetensors instead"
             )
     outer = ["model.embed_tokens.weight", "model.norm.weight"]
     order = outer[:1]
@@ -120,7 +122,7 @@ def hugging_face_names(header: GGUFHeader, arch: Architecture) -> dict[str, str]
 def to_hugging_face(header: GGUFHeader, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Undo the value conventions of GGUF for the tensor with Hugging Face name `name`."""
     _, arch = architecture(header)
-    module, _, suffix = name.rpartition(".")
+    module, _, _suffix = name.rpartition(".")
     if arch.norm_offset and module.endswith("norm"):
         return tensor - arch.norm_offset
     part = re.sub(r"^model\.layers\.\d+\.", "", module)
@@ -129,7 +131,7 @@ def to_hugging_face(header: GGUFHeader, name: str, tensor: torch.Tensor) -> torc
     heads = _number(header, "attention.head_count_kv" if part.endswith("k_proj") else "attention.head_count")
     if tensor.shape[0] % (2 * heads):
         raise damaged(header.path, f"'{name}' has {tensor.shape[0]} rows, which {heads} heads cannot share")
-    # [heads, head_dim/2, 2, ...]: GGUF's rotary pairs are neighbours; Hugging Face's are the halves [heads, 2, head_dim/2].
+    # [heads, head_dim/2, 2, ...]: GGUF's rotary pairs are neighbours; Hugging Face's halves, [heads, 2, head_dim/2].
     pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
 
@@ -156,7 +158,9 @@ def hugging_face_config(header: GGUFHeader, names: Mapping[str, str], tied: bool
         if len(shape) != 2 or shape[1] != want[1] or want[0] not in (None, shape[0]):
             raise damaged(header.path, f"tensor '{names[name]}' is {shape}, but the metadata say {want}")
     if header.metadata.get(f"{gguf_name}.expert_count", 0):
-        raise CheckpointError(f"{header.path}: GGUF mixtures of experts are not supported; quantize the original safetensors")
+        raise CheckpointError(
+            f"{header.path}: GGUF mixtures of experts are not supported; quantize the original safetensors"
+        )
     config: dict[str, Any] = {
         "architectures": [arch.class_name],
         "model_type": arch.model_type,
@@ -181,7 +185,7 @@ def hugging_face_config(header: GGUFHeader, names: Mapping[str, str], tied: bool
         config |= _llama_biases(header, names)
     if arch.model_type == "gemma3_text":
         config["sliding_window"] = _number(header, "attention.sliding_window")
-        # The 27B model alone (62 blocks) scales its scores by hidden / heads; GGUF leaves this to the reader's knowledge.
+        # The 27B model alone (62 blocks) scales its scores by hidden / heads; the file does not say so.
         config["query_pre_attn_scalar"] = hidden // heads if blocks == 62 else head_dim
     for key in ("bos", "eos", "padding"):
         token = header.value(f"tokenizer.ggml.{key}_token_id", int)
@@ -212,7 +216,9 @@ def _llama_biases(header: GGUFHeader, names: Mapping[str, str]) -> dict[str, boo
     for flag, parts in (("attention_bias", ATTENTION), ("mlp_bias", FEED_FORWARD)):
         present = {f"model.layers.0.{part}.bias" in names for part in parts.values()}
         if len(present) == 2:
-            raise CheckpointError(f"{header.path}: only some linears have a bias, which no Hugging Face llama can express")
+            raise CheckpointError(
+                f"{header.path}: only some linears have a bias, which no Hugging Face llama can express"
+            )
         flags[flag] = present == {True}
     return flags
 
@@ -222,7 +228,9 @@ def _rope_scaling(header: GGUFHeader, gguf_name: str, head_dim: int, theta: floa
     if kind == "linear":
         return {"rope_type": "linear", "factor": shortest(header.need(f"{gguf_name}.rope.scaling.factor", float))}
     if kind != "none":
-        raise CheckpointError(f"{header.path}: rotary scaling '{kind}' is not supported; quantize the original safetensors")
+        raise CheckpointError(
+            f"{header.path}: rotary scaling '{kind}' is not supported; quantize the original safetensors"
+        )
     if ROPE_FACTORS not in header.tensors:
         return None
     tensor = header.tensors[ROPE_FACTORS]
@@ -233,8 +241,8 @@ def _rope_scaling(header: GGUFHeader, gguf_name: str, head_dim: int, theta: floa
     scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if tensor.type_name != "F32" or not np.allclose(factors, _llama3_factors(scaling, head_dim, theta), rtol=1e-4):
         raise CheckpointError(
-            f"{header.path}: '{ROPE_FACTORS}' holds a rotary scaling other than Llama 3.1's, which numfit cannot express; "
-            "quantize the original safetensors"
+            f"{header.path}: '{ROPE_FACTORS}' holds a rotary scaling other than Llama 3.1's, which numfit cannot "
+            "express; quantize the original safetensors"
         )
     return scaling
 

@@ -1,14 +1,14 @@
 """The tokenizer inside a GGUF file, written as the `tokenizer.json` that every Hugging Face tool reads.
 
-A GGUF stores vocabulary, merges and special ids, but the splitting rule only as a name (`tokenizer.ggml.pre`). This file
-writes the JSON itself rather than going through transformers, whose GGUF loading leaves the splitting rule of `smollm`
-out (numbers and spaces are then cut differently from how the model was trained), needs the whole library, and takes a
-minute for 262 000 Gemma tokens. Two kinds exist: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`), whose merges are
-not stored but follow from the vocabulary.
+A GGUF stores vocabulary, merges and special ids, but the splitting rule only as a name (`tokenizer.ggml.pre`). This
+file writes the JSON itself rather than going through transformers, whose GGUF loading leaves the splitting rule of
+`smollm` out (numbers and spaces are then cut differently from how the model was trained), needs the whole library, and
+takes a minute for 262 000 Gemma tokens. Two kinds exist: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`),
+whose merges are not stored but follow from the vocabulary.
 
-Gives up: Unigram and WordPiece vocabularies, and splitting rules not in SPLITS: both are errors, since a tokenizer that
-is nearly right is worse than none.
-Sources: the pre-tokenizer table of llama.cpp and the published tokenizer.json of the models; cross-checked on their text.
+Gives up: Unigram and WordPiece vocabularies, and splitting rules not in SPLITS: both are errors, since a tokenizer
+that is nearly right is worse than none. Sources: the pre-tokenizer table of llama.cpp and the published tokenizer.json
+of the models; cross-checked on their text.
 """
 
 from __future__ import annotations
@@ -114,13 +114,13 @@ def _tokens(header: GGUFHeader) -> list[str]:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise CheckpointError(
-            f"{header.path}: the GGUF file carries no tokenizer (no 'tokenizer.ggml.tokens'); convert the original model's "
-            "directory, or a GGUF made with its vocabulary"
+            f"{header.path}: the GGUF file carries no tokenizer (no 'tokenizer.ggml.tokens'); convert the original "
+            "model's directory, or a GGUF made with its vocabulary"
         )
     return tokens
 
 
-def _byte_level(header: GGUFHeader, tokens: list[str]) -> tuple[dict, dict | None, dict, dict]:
+def _byte_level(header: GGUFHeader, tokens: list[str]) -> tuple[dict, dict | None, dict | None, dict]:
     rule = header.value("tokenizer.ggml.pre", str, "(none)")
     if rule not in SPLITS:
         raise CheckpointError(
@@ -136,9 +136,9 @@ def _byte_level(header: GGUFHeader, tokens: list[str]) -> tuple[dict, dict | Non
     merges = [merge.split(" ") for merge in _list(header, "tokenizer.ggml.merges", str)]
     vocabulary = set(tokens)
     for merge in merges:
-        if len(merge) != 2 or merge[0] + merge[1] not in vocabulary:
-            raise damaged(header.path, f"the merge {' '.join(merge)!r} does not make a token of the vocabulary")
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+        if len(merge) != 2 or not vocabulary.issuperset([*merge, "".join(merge)]):
+            raise damaged(header.path, f"the merge {' '.join(merge)!r} is not of the vocabulary")
+    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}
     model |= {"ignore_merges": rule in WHOLE_WORDS_FIRST, "vocab": {}, "merges": merges}
     return model, normalizer, {"type": "Sequence", "pretokenizers": steps}, {**byte_level, "use_regex": True}
@@ -149,17 +149,19 @@ def _visible_spaces(tokens: list[str]) -> list[str]:
     return [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
 
 
-def _sentencepiece(header: GGUFHeader, tokens: list[str], kinds: list[int]) -> tuple[dict, dict, None, dict]:
+def _sentencepiece(
+    header: GGUFHeader, tokens: list[str], kinds: list[int]
+) -> tuple[dict, dict | None, dict | None, dict]:
     prefix = header.value("tokenizer.ggml.add_space_prefix", bool, True)
-    to_visible = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    to_visible: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
     normalizer = {"type": "Sequence", "normalizers": [prepend, to_visible]} if prefix else to_visible
-    decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
+    decoders: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     if prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     unknown = tokens[kinds.index(UNKNOWN)] if UNKNOWN in kinds else None
-    model = {"type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None}
+    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": {}}
     model["merges"] = _implied_merges(header, tokens)
     return model, normalizer, None, {"type": "Sequence", "decoders": decoders}
@@ -201,18 +203,20 @@ def _token_id(header: GGUFHeader, key: str, tokens: list[str]) -> int | None:
 
 
 def _post_processor(header: GGUFHeader, tokens: list[str]) -> dict[str, Any] | None:
-    before, after = (
-        [_token_id(header, end, tokens)] if _adds(header, end) else [] for end in ("bos", "eos")
-    )  # fmt: skip
-    ends = [index for index in before + after if index is not None]
-    if not ends:
+    before, after = (_token_id(header, end, tokens) if _adds(header, end) else None for end in ("bos", "eos"))
+    special = {
+        tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in (before, after) if i is not None
+    }
+    if not special:
         return None
-    special = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in ends}
 
     def template(which: str, type_id: int) -> list[dict]:
-        around = [[{"SpecialToken": {"id": tokens[i], "type_id": type_id}} for i in side if i is not None]
-                  for side in (before, after)]  # fmt: skip
-        return [*around[0], {"Sequence": {"id": which, "type_id": type_id}}, *around[1]]
+        pieces: list[dict] = [{"Sequence": {"id": which, "type_id": type_id}}]
+        if before is not None:
+            pieces.insert(0, {"SpecialToken": {"id": tokens[before], "type_id": type_id}})
+        if after is not None:
+            pieces.append({"SpecialToken": {"id": tokens[after], "type_id": type_id}})
+        return pieces
 
     pair = template("A", 0) + template("B", 1)
     return {"type": "TemplateProcessing", "single": template("A", 0), "pair": pair, "special_tokens": special}
@@ -231,7 +235,8 @@ def _tokenizer_config(header: GGUFHeader, tokens: list[str]) -> dict[str, Any]:
 
 
 def _generation_config(header: GGUFHeader) -> dict[str, Any]:
-    tokens, config = _tokens(header), {}
+    tokens = _tokens(header)
+    config: dict[str, Any] = {}
     ends = [_token_id(header, key, tokens) for key in ("eos", "eot")]
     ends = list(dict.fromkeys(index for index in ends if index is not None))
     for name, index in (("bos", _token_id(header, "bos", tokens)), ("pad", _token_id(header, "padding", tokens))):

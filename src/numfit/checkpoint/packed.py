@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from numfit.checkpoint.manifest import MANIFEST, check_version, read_manifest
 from numfit.checkpoint.safetensors_file import CHUNK, DTYPE_NAMES, TensorInfo, read_tensor, tensor_bytes
-from numfit.checkpoint.source import DirectorySource, open_source, read_json
+from numfit.checkpoint.source import DirectorySource, open_source
 from numfit.errors import CheckpointError, FormatError
 from numfit.formats import Format, QuantizedTensor
 
@@ -89,7 +88,9 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     try:
         for name, entry in tensors.items():
             if entry["format"] != formats[name].name:
-                raise CheckpointError(f"'{directory}': config.json and {MANIFEST} disagree on the format of '{name}'; copy both again")
+                raise CheckpointError(
+                    f"'{directory}': config.json and {MANIFEST} disagree on the format of '{name}'; copy both again"
+                )
             for plane, spec in formats[name].planes(tuple(entry["shape"])).items():
                 expected[plane_name(name, plane)] = DTYPE_NAMES[spec.dtype], spec.shape
         for name, entry in kept.items():
@@ -170,19 +171,31 @@ def verify(directory: str | Path, progress: Callable[[str, int], None] | None = 
     for name, entry in manifest["files"].items():
         count += _verify_file(directory, name, entry, progress)
     checkpoint = open_checkpoint(directory)
-    weights = {info.file for info in checkpoint.infos.values()}
+    weights = {info.file for info in checkpoint.infos.values()} | {
+        file.name for file in directory.glob("*.safetensors")
+    }
     unlisted = sorted(weights - manifest["files"].keys())
     if unlisted:
-        raise CheckpointError(f"'{directory / unlisted[0]}' is not in {MANIFEST}; it does not belong to this checkpoint")
+        raise CheckpointError(
+            f"'{directory / unlisted[0]}' is not in {MANIFEST}; it does not belong to this checkpoint"
+        )
     for name, entry in manifest["tensors"].items():
-        planes = {plane: checkpoint.infos[plane_name(name, plane)] for plane in checkpoint.formats[name].planes(tuple(entry["shape"]))}
+        planes = {
+            plane: checkpoint.infos[plane_name(name, plane)]
+            for plane in checkpoint.formats[name].planes(tuple(entry["shape"]))
+        }
         for plane, info in planes.items():
             _verify_tensor(directory, info, entry.get("planes", {}).get(plane), progress)
         if entry.get("bytes") != sum(info.nbytes for info in planes.values()):
             raise CheckpointError(f"'{directory / MANIFEST}' gives '{name}' a wrong number of bytes; copy it again")
     for name, entry in manifest["kept"].items():
         _verify_tensor(directory, checkpoint.infos[name], entry.get("sha256"), progress)
-    return {"files": len(manifest["files"]), "tensors": len(manifest["tensors"]), "kept": len(manifest["kept"]), "bytes": count}
+    return {
+        "files": len(manifest["files"]),
+        "tensors": len(manifest["tensors"]),
+        "kept": len(manifest["kept"]),
+        "bytes": count,
+    }
 
 
 def _verify_file(directory: Path, name: str, entry: dict[str, Any], progress: Callable[[str, int], None] | None) -> int:
@@ -196,13 +209,19 @@ def _verify_file(directory: Path, name: str, entry: dict[str, Any], progress: Ca
             if progress:
                 progress(name, len(chunk))
     if size != entry.get("bytes"):
-        raise CheckpointError(f"'{path}' has {size} bytes where {MANIFEST} says {entry.get('bytes')}; copy the checkpoint again")
+        raise CheckpointError(
+            f"'{path}' has {size} bytes where {MANIFEST} says {entry.get('bytes')}; copy the checkpoint again"
+        )
     if digest.hexdigest() != entry.get("sha256"):
-        raise CheckpointError(f"'{path}' has the right size but another content than {MANIFEST} says; copy the checkpoint again")
+        raise CheckpointError(
+            f"'{path}' has the right size but another content than {MANIFEST} says; copy the checkpoint again"
+        )
     return size
 
 
-def _verify_tensor(directory: Path, info: TensorInfo, sha256: object, progress: Callable[[str, int], None] | None) -> None:
+def _verify_tensor(
+    directory: Path, info: TensorInfo, sha256: object, progress: Callable[[str, int], None] | None
+) -> None:
     if hashlib.sha256(tensor_bytes(read_tensor(directory, info))).hexdigest() != sha256:
         raise CheckpointError(
             f"'{info.name}' in '{directory / info.file}' differs from what {MANIFEST} recorded; copy the checkpoint again"
@@ -215,16 +234,10 @@ def _same_names(have: Any, want: Any, what: str) -> None:
     """Raise for the first name that only one side has."""
     missing, extra = sorted(want - have), sorted(have - want)
     if missing:
-        raise CheckpointError(f"{what}: '{missing[0]}' is missing ({len(missing)} such names); copy the checkpoint again")
+        raise CheckpointError(
+            f"{what}: '{missing[0]}' is missing ({len(missing)} such names); copy the checkpoint again"
+        )
     if extra:
-        raise CheckpointError(f"{what}: '{extra[0]}' is unexpected ({len(extra)} such names); copy the checkpoint again")
-
-
-def original_bytes(entry: Mapping[str, Any]) -> int:
-    """Bytes that a tensor of the manifest had in its source."""
-    from numfit.checkpoint.safetensors_file import DTYPES
-
-    return math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
-
-
-__all__ = ["Checkpoint", "config_formats", "open_checkpoint", "original_bytes", "plane_name", "read_json", "read_quantized", "verify"]
+        raise CheckpointError(
+            f"{what}: '{extra[0]}' is unexpected ({len(extra)} such names); copy the checkpoint again"
+        )

@@ -1,9 +1,9 @@
 """Write a plain Hugging Face directory tensor by tensor: what `convert` and the exact rewrites of a model put out.
 
-The directory is built under a temporary name beside its place and renamed when it is whole, so that what carries the final
-name is always complete. The headers are laid out first (sizes are known), the tensors follow one at a time: memory is one
-tensor's, whatever the size of the model. Gives up resuming: a killed run begins again (quantizing, which takes longer,
-has its own walk that resumes).
+The directory is built under a temporary name beside its place and renamed when it is whole, so that what carries the
+final name is always complete. The headers are laid out first (sizes are known), the tensors follow one at a time:
+memory is one tensor's, whatever the size of the model. Gives up resuming: a killed run begins again (quantizing, which
+takes longer, has its own walk that resumes).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def staged_directory(out_dir: str | Path) -> Iterator[Path]:
         CheckpointError: `out_dir` exists and is not an empty directory, or the disk is full or may not be written.
     """
     out_dir = Path(out_dir).absolute()
-    if out_dir.is_dir() and any(out_dir.iterdir()) or out_dir.is_file():
+    if (out_dir.is_dir() and any(out_dir.iterdir())) or out_dir.is_file():
         raise CheckpointError(f"{out_dir} exists and is not an empty directory; choose another name or remove it")
     try:
         with temporary_sibling(out_dir) as stage:
@@ -52,7 +52,7 @@ def staged_directory(out_dir: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """A directory beside `path` to build it in; removed at the end, as are those that killed runs left for this path."""
+    """A directory beside `path` to build it in; removed at the end, as are those that killed runs left."""
     stage = path.parent / f".{path.name}.partial-{os.getpid()}"
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(stage)
@@ -101,7 +101,7 @@ def write_tensors(
                     if tuple(tensor.shape) != slot.shape or DTYPE_NAMES[tensor.dtype] != slot.dtype:
                         raise CheckpointError(
                             f"tensor '{slot.name}' came out as {DTYPE_NAMES[tensor.dtype]} {tuple(tensor.shape)} "
-                            f"where {slot.dtype} {slot.shape} was announced; its file changed, or this is a bug of numfit"
+                            f"where {slot.dtype} {slot.shape} was announced; the source changed meanwhile"
                         )
                     file.write(tensor_bytes(tensor))
                     bar.update(slot.nbytes)

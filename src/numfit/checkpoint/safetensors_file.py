@@ -210,6 +210,7 @@ class Shard:
     def nbytes(self) -> int:
         return len(self.header) + sum(group.nbytes for group in self.groups)
 
+    @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """Where each slot will lie, as `read_header` would say it of the finished file."""
         infos, start = {}, len(self.header)
@@ -234,7 +235,9 @@ def layout_shards(groups: Iterable[Group], limit: int) -> tuple[Shard, ...]:
         bins[-1].append(group)
         used += group.nbytes + entry
     count = len(bins)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    names = (
+        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    )
     return tuple(Shard(name, order_groups(bin)) for name, bin in zip(names, bins))
 
 

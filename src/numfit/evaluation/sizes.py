@@ -7,11 +7,9 @@ and can be half of a small model, so whole-model bytes stand beside it everywher
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Any
 
+from numfit.checkpoint.manifest import MANIFEST, read_manifest
 from numfit.errors import CheckpointError
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
@@ -31,15 +29,12 @@ def bits_per_weight(directory: Path) -> float | None:
     Raises:
         CheckpointError: numfit.json is there but is not a manifest.
     """
-    path = directory / "numfit.json"
-    if not path.is_file():
+    if not (directory / MANIFEST).is_file():
         return None
     try:
-        tensors: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["tensors"]
-        parts = [(name, 8 * int(t["bytes"]), math.prod(t["shape"])) for name, t in tensors.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a numfit manifest ({error}): copy it again from the checkpoint") from None
-    if not parts:
-        return None
-    linears = [p for p in parts if ".layers." in f".{p[0]}"] or parts
-    return sum(bits for _, bits, _ in linears) / sum(count for _, _, count in linears)
+        linears = read_manifest(directory)["totals"]["linears"]
+        return 8 * linears["bytes"] / linears["weights"] if linears["weights"] else None
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"'{directory / MANIFEST}' has no totals of the linears ({error}); copy it again"
+        ) from None

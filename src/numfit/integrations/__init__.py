@@ -1,9 +1,9 @@
 """Doors to other programs. This file is standard library only: `import numfit` must stay quick.
 
 `install_lazy_transformers_hook` makes `AutoModelForCausalLM.from_pretrained` understand numfit checkpoints without
-importing transformers: the quantizer is registered at the moment transformers' own registry gets imported (by whomever),
-or at once if that has already happened. transformers offers no entry point for this, hence the import hook; it gives up
-nothing for programs that never import transformers, and takes itself away once it has done its work.
+importing transformers: the quantizer is registered at the moment transformers' own registry gets imported, by whomever,
+or at once if that has already happened. transformers offers no entry point for this, hence the import hook; it costs
+nothing in programs that never import transformers, and takes itself away once it has done its work.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@
 checkpoint and `save_pretrained` of the model work. transformers loads what is kept; packed weights are numfit's own
 business from the file to the buffer (see numfit.runtime.prepare for why), and an incomplete checkpoint is an error.
 
-Without `import numfit` transformers only warns that it does not know the method and returns a model with random weights.
-That cannot be prevented from here; the tensors of a numfit file are named so that at least none is mistaken for another.
+Without `import numfit` transformers only warns that it does not know the method, and returns a model with random
+weights. That cannot be prevented from here; the tensors of a numfit file are named so that at least none is mistaken for
+another.
 
-This file is imported while transformers itself still is, right after its registry: only the few modules that the registry
-needs may be imported at its top.
+This file is imported while transformers itself still is, right after its registry: only the few modules that the
+registry needs may be imported at its top.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class NumfitConfig(QuantizationConfigMixin):
 
     def __init__(self, **entries: Any) -> None:
         entries.pop("quant_method", None)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enum knows only its own
         self.__dict__.update(deepcopy(entries))
 
 

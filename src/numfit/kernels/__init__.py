@@ -1,4 +1,4 @@
-"""Applying packed weights: `linear` and `embedding`. The PyTorch path of `reference` is the one that all others are tested against."""
+"""Applying packed weights: `linear` and `embedding`, for now by the reference path in PyTorch."""
 
 from numfit.kernels.reference import embedding, linear
 

@@ -1,4 +1,4 @@
-"""Loading and running models whose weights stay packed. Nothing here imports transformers before it is asked to load."""
+"""Loading and running models whose weights stay packed. Nothing here imports transformers until asked to load."""
 
 from numfit.runtime.generate import Generated, generate
 from numfit.runtime.loading import load

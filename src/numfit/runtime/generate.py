@@ -14,7 +14,7 @@ from numfit.errors import OptionError, require
 
 @dataclass(frozen=True)
 class Generated:
-    """What came out: `text` without the prompt and without special tokens, counts in tokens, `seconds` of generating."""
+    """What came out: `text` without prompt and special tokens, counts in tokens, `seconds` of generating."""
 
     text: str
     prompt_tokens: int
@@ -54,7 +54,9 @@ def generate(
         OptionError: an empty prompt, or a number out of its range.
     """
     if not prompt.strip():
-        raise OptionError("the prompt is empty; give some text to continue, for instance --prompt 'The capital of France is'")
+        raise OptionError(
+            "the prompt is empty; give some text to continue, for instance --prompt 'The capital of France is'"
+        )
     if max_tokens < 1:
         raise OptionError(f"max_tokens must be at least 1, not {max_tokens}")
     if not 0 <= temperature < float("inf"):
@@ -74,7 +76,11 @@ def generate(
     started = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
-            **inputs, **sampling, max_new_tokens=max_tokens, streamer=streamer, pad_token_id=_pad_token(model, tokenizer)
+            **inputs,
+            **sampling,
+            max_new_tokens=max_tokens,
+            streamer=streamer,
+            pad_token_id=_pad_token(model, tokenizer),
         )
     seconds = time.perf_counter() - started
     new = out[0, prompt_tokens:]
@@ -111,10 +117,11 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
     """transformers' TextStreamer, which knows where words end, with `on_text` in the place of its print."""
     if on_text is None:
         return None
+    show = on_text
 
     class Streamer(require("transformers", "hf").TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if text:
-                on_text(text)
+                show(text)
 
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

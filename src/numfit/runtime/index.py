@@ -179,8 +179,8 @@ def _runs(rows: Tensor, names: list[str], starts: Tensor) -> tuple[Run, ...]:
 
 def _rearranged(names: list[str], target: str, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{some(names)} cannot be brought into the place of '{target}' as packed rows ({reason}); the file is damaged or "
-        "belongs to another architecture, or else these tensors must be left out when quantizing (--skip)"
+        f"{some(names)} cannot be brought into the place of '{target}' as packed rows ({reason}); the file is damaged, "
+        "or belongs to another architecture, or else these tensors must be left out when quantizing (--skip)"
     )
 
 

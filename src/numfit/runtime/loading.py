@@ -1,4 +1,4 @@
-"""`load`: one call from a directory to a model and its tokenizer, for numfit checkpoints and plain Hugging Face directories.
+"""`load`: from a directory to a model and its tokenizer, for numfit checkpoints and plain Hugging Face directories.
 
 It is `from_pretrained` with the doors closed through which a wrong model could come in: weights that are missing or too
 many are errors for plain directories too, files are checked before they are read, code from a checkpoint is never run.
@@ -70,7 +70,9 @@ def load(
     _judge(path, type(model).__name__, account)
     quantized = config.get("quantization_config") or {}
     if quantized.get("quant_method") == "numfit" and getattr(model, "hf_quantizer", None) is None:
-        raise CheckpointError(f"transformers {transformers.__version__} loaded '{path}' without numfit; that model is void")
+        raise CheckpointError(
+            f"transformers {transformers.__version__} loaded '{path}' without numfit; that model is void"
+        )
     if device is not None:
         model = model.to(device)
     return model, load_tokenizer(path) if tokenizer else None
@@ -79,13 +81,23 @@ def load(
 def _judge(path: Path, name: str, account: dict[str, Any]) -> None:
     """Refuse a model that transformers has completed with random numbers."""
     sized = [key for key, _, _ in account["mismatched_keys"]]
-    complaints = (("lacks", account["missing_keys"]), ("holds", account["unexpected_keys"]), ("has a wrong size of", sized))
+    complaints = (
+        ("lacks", account["missing_keys"]),
+        ("holds", account["unexpected_keys"]),
+        ("has a wrong size of", sized),
+    )
     for what, names in complaints:
         if names:
-            why = f", for which {name} has no place" if what == "holds" else f", which {name} needs" if what == "lacks" else ""
+            why = (
+                f", for which {name} has no place"
+                if what == "holds"
+                else f", which {name} needs"
+                if what == "lacks"
+                else ""
+            )
             raise CheckpointError(
-                f"the checkpoint '{path}' {what} {some(sorted(names))}{why}; it is damaged, or its config.json belongs to "
-                "another model"
+                f"the checkpoint '{path}' {what} {some(sorted(names))}{why}; it is damaged, or its config.json belongs "
+                "to another model"
             )
 
 
@@ -125,12 +137,14 @@ def check_files(path: Path) -> None:
         lost = sorted(name for name, file in weight_map.items() if name not in headers[file])
         if lost:
             raise CheckpointError(
-                f"'{index_file}' looks for {some(lost)} in '{weight_map[lost[0]]}', which does not have it; the index and "
-                "the files are of different origin, copy them again"
+                f"'{index_file}' looks for {some(lost)} in '{weight_map[lost[0]]}', which does not have it; the index "
+                "and the files are of different origin, copy them again"
             )
         extra = sorted({name for names in headers.values() for name in names} - weight_map.keys())
         if extra:
-            raise CheckpointError(f"'{index_file}' does not list {some(extra)}, which the files hold; copy the index again")
+            raise CheckpointError(
+                f"'{index_file}' does not list {some(extra)}, which the files hold; copy the index again"
+            )
     elif (path / "model.safetensors").is_file():
         read_header(path / "model.safetensors")
     elif not any(path.glob("pytorch_model*.bin")):
@@ -147,7 +161,7 @@ def check_architecture(path: Path, config: dict[str, Any]) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         own = " (it brings code of its own, which numfit does not run)" if config.get("auto_map") else ""
         raise CheckpointError(
@@ -156,8 +170,8 @@ def check_architecture(path: Path, config: dict[str, Any]) -> None:
         )
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
-            f"'{path}' is a model of type '{kind}', which is not a causal language model in transformers {__version__}, so "
-            "it can be quantized and inspected but not run or evaluated"
+            f"'{path}' is a model of type '{kind}', which is not a causal language model in transformers {__version__}, "
+            "so it can be quantized and inspected but not run or evaluated"
         )
 
 
@@ -177,7 +191,8 @@ def load_tokenizer(path: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise CheckpointError(
-            f"the tokenizer in '{path}' cannot be read ({_first_line(error)}); copy the tokenizer files of the source model again"
+            f"the tokenizer in '{path}' cannot be read ({_first_line(error)}); copy the tokenizer files of the "
+            "source model again"
         ) from error
 
 

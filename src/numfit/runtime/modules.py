@@ -1,8 +1,8 @@
 """Modules whose weights stay packed.
 
-A module is not replaced but converted in place: its class becomes a subclass of itself, its parameter a `PackedParameter`
-with the planes in buffers named as in the file (`weight_codes`, `weight_scale`, …). So bias, hooks, attributes and the
-forward of odd subclasses (Gemma's scaled embedding) survive, and no architecture needs a file of its own:
+A module is not replaced but converted in place: its class becomes a subclass of itself, its parameter a
+`PackedParameter` with the planes in buffers named as in the file (`weight_codes`, `weight_scale`, …). So bias, hooks,
+attributes and the forward of odd subclasses (Gemma's scaled embedding) survive, and no architecture needs a file of its own:
 
 - `QuantLinear` and `QuantEmbedding` replace the computation itself by that of `kernels`;
 - `QuantExperts` is any other module that owns packed parameters, foremost fused experts [E, N, K]: its own forward runs
@@ -31,6 +31,7 @@ class QuantModule(nn.Module):
     """A module with packed parameters: `_packed` maps each one's name to it."""
 
     _packed: dict[str, PackedParameter]
+    _unpacked_class: type[nn.Module]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         mine = [packed for packed in self._packed.values() if packed.home is self]
@@ -68,7 +69,9 @@ class QuantLinear(QuantModule, nn.Linear):
         parts = [packed.piece(index) for index in range(len(packed.pieces))]
         if len(parts) == 1 and isinstance(parts[0], QuantizedTensor):
             return linear(input, parts[0], self.bias)
-        outs = [linear(input, p) if isinstance(p, QuantizedTensor) else F.linear(input, p.to(input.dtype)) for p in parts]
+        outs = [
+            linear(input, p) if isinstance(p, QuantizedTensor) else F.linear(input, p.to(input.dtype)) for p in parts
+        ]
         out = torch.cat(outs, -1)
         return out if self.bias is None else out + self.bias
 
@@ -90,7 +93,7 @@ class QuantExperts(QuantModule):
     """Any other module with packed parameters; see the module's docstring."""
 
 
-@cache
+@cache  # type: ignore[arg-type]
 def _packed_class(base: type[nn.Module], names: frozenset[str]) -> type[QuantModule]:
     """The subclass of `base` in which `names` are packed. Calls to super() in `base` end up in our forward."""
     if names == {"weight"} and base is nn.Linear:
@@ -117,15 +120,14 @@ def attach(module: nn.Module, name: str, packed: PackedParameter) -> None:
     """
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise CheckpointError(
-            f"{packed.pieces[0].source} is an embedding with max_norm, which rewrites its table while it is used and so "
-            "cannot be packed; quantize again with --embedding keep"
+            f"{packed.pieces[0].source} is an embedding with max_norm, which rewrites its table while it is used and "
+            "so cannot be packed; quantize again with --embedding keep"
         )
-    already: dict[str, PackedParameter] = getattr(module, "_packed", {})
-    base = getattr(module, "_unpacked_class", type(module))
+    base = module._unpacked_class if isinstance(module, QuantModule) else type(module)
+    parameters = {**(module._packed if isinstance(module, QuantModule) else {}), name: packed}
     del module._parameters[name]
-    module._unpacked_class = base
-    module._packed = {**already, name: packed}  # type: ignore[assignment]
-    module.__class__ = _packed_class(base, frozenset(module._packed))
+    module.__class__ = _packed_class(base, frozenset(parameters))
+    module.__dict__.update(_packed=parameters, _unpacked_class=base)
     if packed.home is module:
         for piece in packed.pieces:
             for buffer, (dtype, shape) in piece.buffers(packed.dtype).items():
@@ -144,7 +146,7 @@ def decode_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     """
     done: dict[int, nn.Parameter] = {}
     for _, module in packed_modules(model):
-        for name, packed in module._packed.items():
+        for packed in module._packed.values():
             if id(packed) not in done:
                 done[id(packed)] = nn.Parameter(packed.decode(dtype).contiguous(), requires_grad=False)
     for _, module in packed_modules(model):
@@ -157,7 +159,7 @@ def decode_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
                     for buffer in piece.buffers(packed.dtype):
                         delattr(module, buffer)
             module.register_parameter(name, done[id(packed)])
-    for module in model.modules():
-        for attribute, ties in module.__dict__.pop("_hidden_ties", {}).items():
-            setattr(module, attribute, ties)
+    for part in model.modules():
+        for attribute, ties in part.__dict__.pop("_hidden_ties", {}).items():
+            setattr(part, attribute, ties)
     return model

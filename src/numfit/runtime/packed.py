@@ -135,7 +135,7 @@ class LazyWeight(Tensor):
     packed: PackedParameter
     _is_hf_initialized = True  # transformers' initialisers pass over tensors that say so
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, packed: PackedParameter) -> LazyWeight:
@@ -143,12 +143,14 @@ class LazyWeight(Tensor):
         out.packed = packed
         return out
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         formats = {piece.format.name if piece.format else str(self.dtype) for piece in self.packed.pieces}
         return f"LazyWeight(shape={tuple(self.shape)}, format={'+'.join(sorted(formats))}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.ops.aten.detach.default:
             return args[0]
         if func._schema.is_mutable and isinstance(args[0], LazyWeight):

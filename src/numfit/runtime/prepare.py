@@ -44,7 +44,9 @@ def read_config(quantization: Mapping[str, Any]) -> dict[str, Format]:
         )
     formats, tensors = quantization.get("formats"), quantization.get("tensors")
     if not isinstance(formats, Mapping) or not isinstance(tensors, Mapping):
-        raise CheckpointError("the quantization_config in config.json lacks 'formats' or 'tensors'; copy the file again")
+        raise CheckpointError(
+            "the quantization_config in config.json lacks 'formats' or 'tensors'; copy the file again"
+        )
     try:
         parsed = {name: Format.from_json(description) for name, description in formats.items()}
     except FormatError as error:
@@ -82,7 +84,9 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, tuple[Path, TensorInf
     for file in map(Path, files):
         for name, info in read_header(file).items():
             if name in out:
-                raise CheckpointError(f"'{name}' is in '{out[name][1].file}' and in '{file.name}'; remove one of the files")
+                raise CheckpointError(
+                    f"'{name}' is in '{out[name][1].file}' and in '{file.name}'; remove one of the files"
+                )
             out[name] = (file.parent, info)
     return out
 
@@ -104,7 +108,9 @@ def _prepare(model: Any, plan: Plan) -> Plan:
     leads = {name: info.shape[:-1] for name, (_, info) in plan.files.items() if name not in planes}
     for name in formats:
         if f"{name}_codes" not in plan.files:
-            raise CheckpointError(f"the checkpoint has no '{name}_codes', which its config.json promises; copy it again")
+            raise CheckpointError(
+                f"the checkpoint has no '{name}_codes', which its config.json promises; copy it again"
+            )
         if name in leads:
             raise CheckpointError(f"the checkpoint has '{name}' both packed and plain; quantize the model again")
         leads[name] = plan.files[f"{name}_codes"][1].shape[:-1]
@@ -181,9 +187,10 @@ def _tie(model: Any, parameters: dict[str, PackedParameter], kept: frozenset[str
     _hide_ties(model, "all_tied_weights_keys", {one: pairs[one] for one in pairs if one not in settled})
     for path, module in model.named_modules():
         own = getattr(module, "_tied_weights_keys", None)
-        left = own and {one: own[one] for one in own if (f"{path}.{one}" if path else one) not in settled}
-        if left != own:
-            _hide_ties(module, "_tied_weights_keys", left)
+        if own:
+            left = {one: own[one] for one in own if (f"{path}.{one}" if path else one) not in settled}
+            if left != own:
+                _hide_ties(module, "_tied_weights_keys", left)
 
 
 def _hide_ties(module: Any, attribute: str, left: dict[str, str]) -> None:
@@ -203,15 +210,17 @@ def _loop_over_experts(model: nn.Module) -> None:
 def watch(model: Any, plan: Plan) -> None:
     """Make transformers' account of missing and mismatched keys an error. `unwatch` takes the hook away again.
 
-    Unexpected keys need no look here: `prepare` has found the place of every tensor in the files, with transformers' own
-    rules, so what transformers calls unexpected are the planes, which are not its business.
+    Unexpected keys need no look here: `prepare` has found the place of every tensor in the files, by transformers'
+    own rules, so what transformers calls unexpected are the planes, which are not its business.
     """
     original = model._adjust_missing_and_unexpected_keys
 
     def judge(info: Any) -> None:
         original(info)
         plan.watched = True
-        mismatched = [f"'{name}' is {tuple(have)} instead of {tuple(want)}" for name, have, want in info.mismatched_keys]
+        mismatched = [
+            f"'{name}' is {tuple(have)} instead of {tuple(want)}" for name, have, want in info.mismatched_keys
+        ]
         missing, failed = sorted(info.missing_keys), dict(info.conversion_errors)
         for account in (info.missing_keys, info.unexpected_keys, info.mismatched_keys, info.conversion_errors):
             account.clear()  # nothing is left to report: what is wrong is raised here
@@ -241,8 +250,8 @@ def unwatch(model: Any, plan: Plan) -> None:
     del model._adjust_missing_and_unexpected_keys
     if not plan.watched:
         raise CheckpointError(
-            "this version of transformers does not tell which weights it found, so a model with random weights could not "
-            "be told from a good one; install a version that numfit supports: pip install 'numfit[hf]'"
+            "this version of transformers does not tell which weights it found, so a model with random weights could "
+            "not be told from a good one; install a version that numfit supports: pip install 'numfit[hf]'"
         )
 
 
@@ -289,7 +298,8 @@ def _fill_buffer(home: nn.Module, name: str, value: Tensor, source: str) -> None
     buffer = home.get_buffer(name)
     if buffer.device.type == "meta":
         raise OptionError(
-            f"'{source}' was to be offloaded to disk, which packed weights do not support; give a device_map with more room"
+            f"'{source}' was to be offloaded to disk, which packed weights do not support; give a device_map "
+            "with more room"
         )
     with torch.no_grad():
         buffer.copy_(value)

@@ -4,9 +4,10 @@ One map, read by all who rewrite, calibrate or reconstruct a model, so that no r
 architecture. It is built from a table of the names that Hugging Face uses for roles, not from model classes: a new
 architecture with the usual names needs nothing, one with new names a word in ROLES.
 
-What names cannot tell stands in two sets of model types: where a norm's gain is 1 + w, and for which types the map has been
-checked by an exact rewrite (`Decoder.verified`). Everything the table does not know is listed in `Layer.unexplained`, so
-that a rewrite can refuse instead of guessing. Gives up: encoders, state-space mixers, cross-attention.
+What names cannot tell stands in two sets of model types: where a norm's gain is 1 + w, and for which types the map has
+been checked by an exact rewrite (`Decoder.verified`). Everything the table does not know is listed in
+`Layer.unexplained`, so that a rewrite can refuse instead of guessing. Gives up: encoders, state-space mixers, cross-
+attention.
 """
 
 from __future__ import annotations
@@ -46,10 +47,21 @@ LAYER = re.compile(r"(?P<stack>(?:.+\.)?layers)\.(?P<index>\d+)\.(?P<inside>.+)"
 
 # Model types whose RMSNorm multiplies by 1 + weight (their modelling code says so; names do not).
 ONE_PLUS_WEIGHT = frozenset(
-    "gemma gemma2 gemma3 gemma3_text vaultgemma recurrent_gemma qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe".split()
+    [
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "vaultgemma",
+        "recurrent_gemma",
+        "qwen3_next",
+        "qwen3_5",
+        "qwen3_5_text",
+        "qwen3_5_moe",
+    ]
 )
 # Model types whose map an exact rewrite has confirmed (tests/test_degrid.py). Others may hide norms without weights.
-VERIFIED = frozenset("llama mistral qwen2 qwen3 gemma2 gemma3_text mixtral".split())
+VERIFIED = frozenset(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral"])
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ def decoder_map(names: Iterable[str], config: Mapping[str, Any]) -> Decoder:
     """Build the map from a checkpoint's tensor names and its config.json.
 
     Raises:
-        CheckpointError: no decoder layers, a gap in them, no embedding, or head counts that are missing or do not divide.
+        CheckpointError: no decoder layers, a gap in them, no embedding, head counts missing or not dividing.
     """
     names = list(names)
     text = config.get("text_config") or config
@@ -192,7 +204,7 @@ def _layer(prefix: str, index: int, inside: set[str], offset: float) -> Layer:
              for role in by_role if role.endswith("_norm")}  # fmt: skip
     input_norm, ffn_norm = norms.get("input_norm"), norms.get("pre_ffn_norm")
     if ffn_norm is None and "post_ffn_norm" not in norms:
-        # Llama's post_attention_layernorm is the FFN's input norm. With a post-FFN norm it normalises attention's output.
+        # Llama's post_attention_layernorm is the FFN's input norm; beside a post-FFN norm it is attention's own.
         # Where there is neither, attention and FFN run in parallel on one norm.
         ffn_norm = norms.get("post_attention_norm", input_norm)
     routers = tuple(prefix + name for name in by_role.get("router", ()))

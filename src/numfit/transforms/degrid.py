@@ -1,8 +1,8 @@
 """Take a dequantized model off its grid, exactly and without changing what it computes.
 
-A model that came out of a 4-bit file lies on that file's grid, and a quantizer of the same structure then looks perfect
-(error 0), another one better or worse than it is. Rescaling channels by random factors between two linear maps, and
-undoing them in the next, gives every weight of a block its own factor while the function stays the same:
+A model that came out of a 4-bit file lies on that file's grid, and a quantizer of the same structure then looks
+perfect (error 0), another one better or worse than it is. Rescaling channels by random factors between two linear
+maps, and undoing them in the next, gives every weight of a block its own factor while the function stays the same:
 
     norm gain / s1, columns of q k v * s1        up rows * s3, down columns / s3
     norm gain / s2, columns of gate up * s2      v rows (and bias) * s4, o columns / s4
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ WIDTH = math.log(1.25)  # factors are log-uniform in [0.8, 1.25]
 
 @dataclass(frozen=True)
 class Rescale:
-    """What happens to one tensor: w[i, j] * rows[i] * columns[j], or for a norm (offset + w) / gain - offset. Float64."""
+    """What happens to one tensor: w[i, j] * rows[i] * columns[j], or for a norm (offset + w) / gain - offset."""
 
     rows: Tensor | None = None  # [out]
     columns: Tensor | None = None  # [in]
@@ -78,7 +79,7 @@ def degrid_plan(
         uniform = torch.rand(count, generator=generator).double()
         return ((2 * uniform - 1) * WIDTH).exp()
 
-    def change(name: str, **what: Tensor | float) -> None:
+    def change(name: str, **what: Any) -> None:
         if has(name):
             plan[name] = replace(plan.get(name, Rescale()), **what)
 
@@ -112,10 +113,18 @@ def degrid_plan(
 def _require_plain(layer: Layer) -> None:
     obstacle = next(iter(layer.unexplained + layer.packed_experts), None)
     if obstacle:
-        raise CheckpointError(f"tensor '{obstacle}' has no place in the rewrite, so the model would change; it is refused")
-    if not (layer.input_norm and layer.ffn_norm and layer.q and layer.k and layer.v and layer.o and layer.feed_forwards):
+        raise CheckpointError(
+            f"tensor '{obstacle}' has no place in the rewrite, so the model would change; it is refused"
+        )
+    if not (
+        layer.input_norm and layer.ffn_norm and layer.q and layer.k and layer.v and layer.o and layer.feed_forwards
+    ):
         raise CheckpointError(f"layer '{layer.prefix}*' lacks a norm, q, k, v, o or a feed-forward network of its own")
     if layer.ffn_norm == layer.input_norm:
-        raise CheckpointError(f"in '{layer.prefix}*' one norm feeds attention and feed-forward network; this is not covered")
+        raise CheckpointError(
+            f"in '{layer.prefix}*' one norm feeds attention and feed-forward network; this is not covered"
+        )
     if any(network.gate is None for network in layer.feed_forwards):
-        raise CheckpointError(f"the feed-forward network of '{layer.prefix}*' has no gate, so it cannot be rescaled exactly")
+        raise CheckpointError(
+            f"the feed-forward network of '{layer.prefix}*' has no gate, so it cannot be rescaled exactly"
+        )

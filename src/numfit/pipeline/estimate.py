@@ -1,0 +1,73 @@
+"""How long a plan will take and how much memory, from quantizing a small slice of this very model on this machine.
+
+One tensor per format is read and a few rows of it are quantized and decoded twice: the first time includes what happens
+only once (compilation), the second gives the rate. An estimate, no promise: a loaded machine, a slow disk or layers
+that prune worse than the slice make it longer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterable
+
+from numfit.checkpoint.source import Source
+from numfit.errors import FormatError
+from numfit.formats import Format, quantize_tensor
+from numfit.pipeline.memory import resident_bytes
+from numfit.pipeline.plan import Estimate, Plan, PlannedTensor
+
+SLICE = 1 << 19  # weights
+# What quantizing and checking take beyond the tensor itself: row chunks and their temporaries, measured with
+# benchmarks of SmolLM2 and Qwen2.5-0.5B; the fp32 copies of a chunk and the candidates' errors.
+CHUNKS_BYTES = 300 << 20
+PER_WEIGHT = 8  # bytes a weight of such temporaries, for tensors so small that they are one chunk or less
+
+
+def measure(source: Source, plan: Plan) -> Estimate:
+    """Expected seconds and peak host memory of `quantize` for a plan. Reads one tensor per format."""
+    seconds = 0.0
+    for fmt in dict.fromkeys(tensor.format for tensor in plan.quantized if tensor.format):
+        mine = [tensor for tensor in plan.quantized if tensor.format == fmt]
+        once, per_weight = _rate(source, fmt, mine, plan.recipe["scale_rule"])
+        seconds += once + per_weight * sum(tensor.weights for tensor in mine)
+    totals = plan.totals()
+    # The source is hashed and the output is hashed when written, when read back and as a whole file.
+    seconds += (totals["source_bytes"] + 3 * totals["bytes"]) * _hash_seconds_per_byte()
+    return Estimate(resident_bytes() + max(map(_working_set, plan.tensors)), seconds)
+
+
+def _rate(source: Source, fmt: Format, tensors: Iterable[PlannedTensor], rule: str) -> tuple[float, float]:
+    """(seconds spent once, seconds per weight) of one format on this model's weights."""
+    ordered = sorted(tensors, key=lambda tensor: tensor.weights)
+    tensor = next((tensor for tensor in ordered if tensor.weights >= SLICE), ordered[-1])
+    weight = source.read(tensor.name)
+    rows = max(1, math.ceil(SLICE / (tensor.weights // tensor.shape[0])))
+    piece = weight[:rows].clone()
+    del weight
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        try:
+            quantize_tensor(piece, fmt, scale_rule=rule).dequantize()
+        except FormatError as error:
+            raise FormatError(f"tensor '{tensor.name}': {error}") from None
+        times.append(time.perf_counter() - started)
+    return max(0.0, times[0] - times[1]), times[1] / piece.numel()
+
+
+def _hash_seconds_per_byte() -> float:
+    block = bytes(1 << 24)
+    started = time.perf_counter()
+    hashlib.sha256(block).digest()
+    return (time.perf_counter() - started) / len(block)
+
+
+def _working_set(tensor: PlannedTensor) -> int:
+    """Bytes that one tensor needs while it is worked on: itself, its planes twice, and temporaries."""
+    if tensor.dropped:
+        return 0
+    if tensor.format is None:
+        return 2 * tensor.bytes_before
+    return tensor.bytes_before + 2 * tensor.bytes_after + min(CHUNKS_BYTES, PER_WEIGHT * tensor.weights)

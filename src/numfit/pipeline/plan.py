@@ -1,0 +1,270 @@
+"""The plan: which tensor gets which format, what that costs in bytes, and how the output files are laid out.
+
+Everything in it follows from the headers of the source and the options, so it takes a moment even for a model of
+hundreds of gigabytes, and the walk (walk.py) only carries it out. `plan` adds an estimate of memory and time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from numfit.checkpoint.packed import plane_name
+from numfit.checkpoint.safetensors_file import DTYPE_NAMES, Group, Shard, Slot, layout_shards, make_group
+from numfit.checkpoint.source import DirectorySource, Source, open_source
+from numfit.errors import FormatError, OptionError
+from numfit.formats import Format
+from numfit.pipeline.model_config import checked_config, untie
+from numfit.pipeline.options import (
+    KEEP,
+    Pattern,
+    as_format,
+    check_patterns,
+    format_or_keep,
+    parse_rule,
+    parse_size,
+    parse_skip,
+)
+from numfit.pipeline.roles import Role, role, rule_can_apply
+
+SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the source and what becomes of it.
+
+    Attributes:
+        role: "linear", "experts", "embedding", "head" or "kept" (roles.py); what it is, not what is done.
+        format: None where it is kept or dropped.
+        why: the reason for keeping or dropping, or the rule that chose the format; empty for the ordinary.
+        bytes_before, bytes_after: in the source's file and in ours; a dropped tensor takes none.
+        dropped: a second copy of a tied weight, not written.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: str
+    format: Format | None
+    why: str
+    bytes_before: int
+    bytes_after: int
+    dropped: bool = False
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per weight in our file; None for what has no weights there."""
+        return None if self.dropped or not self.weights else 8 * self.bytes_after / self.weights
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expectations, measured on a small slice of this model on this machine: `seconds`, and `peak_bytes` of host memory."""
+
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `quantize` will do. `recipe` is the options in canonical form, as the manifest records them."""
+
+    tensors: tuple[PlannedTensor, ...]
+    shards: tuple[Shard, ...]
+    recipe: dict[str, Any]
+    config: dict[str, Any]
+    warnings: tuple[str, ...]
+    estimate: Estimate | None = None
+
+    @property
+    def quantized(self) -> tuple[PlannedTensor, ...]:
+        return tuple(tensor for tensor in self.tensors if tensor.format)
+
+    @property
+    def kept(self) -> tuple[PlannedTensor, ...]:
+        return tuple(tensor for tensor in self.tensors if not tensor.format and not tensor.dropped)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight files, headers included."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def totals(self) -> dict[str, Any]:
+        """Sizes of the whole: the linears' bits per weight never stand without the whole model's bytes."""
+        linears = [tensor for tensor in self.quantized if tensor.role not in ("embedding", "head")]
+        embeddings = [tensor for tensor in self.tensors if tensor.role in ("embedding", "head") and not tensor.dropped]
+        stored = [tensor for tensor in self.tensors if not tensor.dropped]
+        return {
+            "bytes": sum(tensor.bytes_after for tensor in stored),
+            "source_bytes": sum(tensor.bytes_before for tensor in self.tensors),
+            "weights": sum(tensor.weights for tensor in stored),
+            "bits_per_weight": _bits(stored),
+            "linears": _total(linears),
+            "embeddings": _total(embeddings),
+            "kept": _total(tensor for tensor in self.kept if tensor.role not in ("embedding", "head")),
+        }
+
+
+def _total(tensors: Iterable[PlannedTensor]) -> dict[str, Any]:
+    tensors = list(tensors)
+    return {
+        "tensors": len(tensors),
+        "weights": sum(tensor.weights for tensor in tensors),
+        "bytes": sum(tensor.bytes_after for tensor in tensors),
+        "bits_per_weight": _bits(tensors),
+    }
+
+
+def _bits(tensors: Sequence[PlannedTensor]) -> float | None:
+    weights = sum(tensor.weights for tensor in tensors)
+    return round(8 * sum(tensor.bytes_after for tensor in tensors) / weights, 6) if weights else None
+
+
+def plan(
+    model: str | Path,
+    format: str | Format,
+    *,
+    embedding: str | Format = "int8-g32",
+    rules: Sequence[str | tuple[str, str]] = (),
+    skip: Sequence[str] = (),
+    scale_rule: str = "mse",
+    shard_size: str | int = SHARD_SIZE,
+    threads: int | None = None,
+    estimate: bool = True,
+) -> Plan:
+    """What `quantize` with the same arguments would do, with an estimate of its memory and time. Writes nothing.
+
+    Args:
+        model: a Hugging Face directory, a GGUF file or a hub name.
+        format: of linear weights and experts.
+        embedding: of embeddings and lm_head; "keep" leaves them.
+        rules: "regex=format" (or pairs), searched in tensor names, the first match wins; "keep" is a format here.
+        skip: regular expressions of tensors to keep; they win over rules.
+        scale_rule: "mse" or "absmax" (e8m0 scales also "floor", "ceil").
+        shard_size: largest output file, as "5GB", "500MB" or a number of bytes.
+        threads: CPU threads; None leaves torch's setting.
+        estimate: measure a slice for memory and time, which takes a few seconds.
+
+    Raises:
+        CheckpointError: the source is damaged. FormatError: an unknown format.
+        OptionError: a pattern that matches nothing, a format that cannot hold a tensor, an already quantized source.
+    """
+    from numfit.pipeline.estimate import measure
+
+    set_threads(threads)
+    source = open_source(model)
+    result = make_plan(
+        source, format, embedding=embedding, rules=rules, skip=skip, scale_rule=scale_rule, shard_size=shard_size
+    )  # fmt: skip
+    return replace(result, estimate=measure(source, result)) if estimate else result
+
+
+def set_threads(threads: int | None) -> None:
+    """Set torch's CPU threads, or leave them.
+
+    Raises:
+        OptionError: not a positive number.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise OptionError(f"--threads must be at least 1, not {threads}")
+        torch.set_num_threads(threads)
+
+
+def make_plan(
+    source: Source,
+    format: str | Format,
+    *,
+    embedding: str | Format = "int8-g32",
+    rules: Sequence[str | tuple[str, str]] = (),
+    skip: Sequence[str] = (),
+    scale_rule: str = "mse",
+    shard_size: str | int = SHARD_SIZE,
+) -> Plan:
+    """`plan` for an opened source, without the estimate. The arguments and errors are those of `plan`."""
+    if format == KEEP:
+        raise OptionError("the format of the linears cannot be 'keep'; to quantize a few tensors only, use --skip")
+    main, table = as_format(format), format_or_keep(embedding)
+    parsed, skips = [parse_rule(rule) for rule in rules], [parse_skip(pattern) for pattern in skip]
+    limit = parse_size(shard_size)
+    config, warnings = checked_config(source)
+    config, dropped, tie_warning = untie(source, config)
+    warnings += tie_warning
+
+    check_patterns(source, parsed, skips)
+    tensors = []
+    for name in source.names():
+        info = source.info(name)
+        judged = role(info)
+        if name in dropped:
+            tensors.append(
+                PlannedTensor(name, info.dtype, info.shape, judged.kind, None, dropped[name], info.nbytes, 0, True)
+            )
+            continue
+        fmt, why = _choose(judged, rule_can_apply(info), name, main, table, parsed, skips)
+        if fmt is not None:
+            _check_fit(fmt, name, info.shape, judged)
+        after = fmt.nbytes(info.shape) if fmt else info.nbytes
+        tensors.append(PlannedTensor(name, info.dtype, info.shape, judged.kind, fmt, why, info.nbytes, after))
+    if not any(tensor.format for tensor in tensors):
+        raise OptionError("nothing is left to quantize: every tensor is kept; see numfit plan for the reasons")
+    if isinstance(source, DirectorySource) and not source.has_tokenizer:
+        warnings.append(
+            "the source has no tokenizer; the result can be inspected and converted, but eval and run need one"
+        )
+    recipe = {
+        "format": main.name,
+        "embedding": table.name if table else KEEP,
+        "rules": [[rule.text, rule.format.name if rule.format else KEEP] for rule in parsed],
+        "skip": list(skip),
+        "scale_rule": scale_rule,
+        "shard_size": limit,
+    }
+    groups = [_group(tensor) for tensor in tensors if not tensor.dropped]
+    return Plan(tuple(tensors), layout_shards(groups, limit), recipe, config, tuple(warnings))
+
+
+def _group(tensor: PlannedTensor) -> Group:
+    if tensor.format is None:
+        return make_group(tensor.name, [Slot(tensor.name, tensor.dtype, tensor.shape)])
+    planes = tensor.format.planes(tensor.shape).items()
+    return make_group(tensor.name, [Slot(plane_name(tensor.name, p), DTYPE_NAMES[s.dtype], s.shape) for p, s in planes])
+
+
+def _choose(
+    judged: Role, can: bool, name: str, main: Format, table: Format | None, rules: list[Pattern], skips: list[Pattern]
+) -> tuple[Format | None, str]:
+    """The format of one tensor (None: kept) and the reason, if there is one to tell."""
+    skipped = next((skip for skip in skips if skip.matches(name)), None)
+    if skipped:
+        return None, judged.why or f"--skip '{skipped.text}'"
+    rule = next((rule for rule in rules if can and rule.matches(name)), None)
+    if rule:
+        return rule.format, f"--rule '{rule.text}'"
+    if judged.kind == "kept":
+        return None, judged.why
+    if judged.kind in ("embedding", "head"):
+        return table, "" if table else "--embedding keep"
+    return main, ""
+
+
+def _check_fit(fmt: Format, name: str, shape: tuple[int, ...], judged: Role) -> None:
+    try:
+        fmt.check_shape(shape)
+    except FormatError as error:
+        option = "--embedding FORMAT, " if judged.kind in ("embedding", "head") else ""
+        raise OptionError(
+            f"tensor '{name}' cannot be stored as {fmt.name}: {error}; give it another format "
+            f"({option}--rule '{re.escape(name)}=FORMAT') or keep it (--skip '{re.escape(name)}')"
+        ) from None

@@ -1,0 +1,388 @@
+"""The model-free walk: every tensor is read, quantized, written, read back and checked before the next one.
+
+Memory is one tensor's working set plus a constant. Sizes are known from the plan, so each file's header is written
+first and tensors are appended in its order; a run killed at any point goes on where it stopped (partial.py) and ends
+with the same bytes. The error in the manifest is that of what was *read back from the file*. Nothing that depends on
+time, place, machine or the number of threads goes into the checkpoint: sums are made in numpy, in one thread, over
+chunks of fixed size, and recorded with six digits.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from numfit.checkpoint.manifest import FORMAT_VERSION, MANIFEST, canonical_json, read_manifest
+from numfit.checkpoint.packed import plane_name
+from numfit.checkpoint.safetensors_file import (
+    Group,
+    Shard,
+    TensorInfo,
+    index_json,
+    read_tensor,
+    sha256_file,
+    tensor_bytes,
+)
+from numfit.checkpoint.source import INDEX_FILE, DirectorySource, Source, open_source
+from numfit.errors import CheckpointError, FormatError, OptionError
+from numfit.formats import Format, QuantizedTensor, quantize_tensor
+from numfit.pipeline import partial as unfinished
+from numfit.pipeline.memory import peak_bytes
+from numfit.pipeline.partial import Journal, Record
+from numfit.pipeline.plan import SHARD_SIZE, Plan, PlannedTensor, make_plan, set_threads
+from numfit.pipeline.progress import Progress
+
+CHECK_WEIGHTS = 1 << 22  # weights decoded at a time while checking
+
+
+def quantize(
+    model: str | Path,
+    format: str | Format,
+    out: str | Path,
+    *,
+    embedding: str | Format = "int8-g32",
+    rules: Sequence[str | tuple[str, str]] = (),
+    skip: Sequence[str] = (),
+    scale_rule: str = "mse",
+    shard_size: str | int = SHARD_SIZE,
+    threads: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Quantize a model to a packed checkpoint. A run that was killed is resumed by the same call.
+
+    Args:
+        model, format, embedding, rules, skip, scale_rule, shard_size, threads: as for `plan`.
+        out: directory to make; must not exist or be empty, or be this very checkpoint (then nothing is done).
+            Unfinished work lies in `<out>.partial`.
+        progress: show it on standard error.
+
+    Returns:
+        {"status": "written" or "already there", "out", "tensors", "kept", "resumed", "seconds", "peak_memory_bytes",
+        "file_bytes", "totals": see `Plan.totals`, "worst": [[tensor, relative squared error], …], "warnings"}.
+
+    Raises:
+        CheckpointError: the source is damaged or holds NaN or Inf, or the output cannot be written.
+        FormatError: an unknown format. OptionError: options that do not fit, or differ from those of unfinished work.
+    """
+    started = time.monotonic()
+    set_threads(threads)
+    source = open_source(model)
+    plan = make_plan(
+        source, format, embedding=embedding, rules=rules, skip=skip, scale_rule=scale_rule, shard_size=shard_size
+    )  # fmt: skip
+    out = Path(out).expanduser().resolve()
+    identity = {"numfit_version": _version(), "recipe": plan.recipe, "source": _fingerprint(source, progress)}
+    partial = out.with_name(f"{out.name}.partial")
+    resumed = 0
+    with _write_errors(out, partial):
+        if _already_there(out, identity):
+            status = "already there"
+            if partial.is_dir() and not (partial / unfinished.STAGE).exists():
+                with unfinished.locked(partial):  # left by a run that was killed after its last step but one
+                    unfinished.remove(partial)
+        else:
+            status = "written"
+            with unfinished.locked(partial):
+                unfinished.check_identity(partial, identity)
+                resumed = _walk(source, plan, identity, partial, progress)
+                os.rename(partial / unfinished.STAGE, out)
+                unfinished.remove(partial)
+    manifest = read_manifest(out)
+    errors = {name: entry["error"] for name, entry in manifest["tensors"].items()}
+    return {
+        "status": status,
+        "out": str(out),
+        "tensors": len(plan.quantized),
+        "kept": len(plan.kept),
+        "resumed": resumed,
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_memory_bytes": peak_bytes(),
+        "file_bytes": plan.file_bytes,
+        "totals": plan.totals(),
+        "worst": sorted(([name, error] for name, error in errors.items()), key=lambda item: -item[1])[:5],
+        "warnings": list(plan.warnings),
+    }
+
+
+def _version() -> str:
+    import numfit
+
+    return numfit.__version__
+
+
+def _fingerprint(source: Source, shown: bool) -> dict[str, Any]:
+    if not isinstance(source, DirectorySource):
+        return source.fingerprint()
+    total = sum((source.path / file).stat().st_size for file in source.files)
+    with Progress("hashing the source", total, shown=shown) as bar:
+        return source.fingerprint(progress=bar.add)
+
+
+def _already_there(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether `out` is the finished checkpoint; False if there is nothing.
+
+    Raises:
+        OptionError: something else is there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not out.is_dir():
+        raise OptionError(f"'{out}' is a file; choose a directory that does not exist yet")
+    if not (out / MANIFEST).is_file():
+        raise OptionError(f"'{out}' is not empty and not a numfit checkpoint; choose another output or remove it")
+    manifest = read_manifest(out)
+    difference = unfinished.describe_difference({key: manifest.get(key) for key in identity}, identity)
+    if difference:
+        raise OptionError(
+            f"'{out}' is a numfit checkpoint made with another setting: {difference}; choose another output or remove it"
+        )
+    broken = [
+        file for file, entry in manifest["files"].items()
+        if not (out / file).is_file() or (out / file).stat().st_size != entry["bytes"]
+    ]  # fmt: skip
+    if broken:
+        raise OptionError(
+            f"'{out}' is this checkpoint, but its file '{broken[0]}' is missing or cut off; remove '{out}' and run again"
+        )
+    return True
+
+
+@contextmanager
+def _write_errors(out: Path, partial: Path) -> Iterator[None]:
+    """Say in a sentence why the output cannot be written, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        again = (
+            "what is finished is kept there, and the same command goes on with it"
+            if partial.exists()
+            else "nothing was written"
+        )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = f"no space left for '{error.filename or partial}' ({error.strerror}); make room and run again"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            what = f"no permission to write '{error.filename or out}' ({error.strerror}); choose another output"
+        else:
+            what = f"cannot write '{error.filename or partial}': {error.strerror or error}"
+        raise CheckpointError(f"{what}; {again}") from error
+
+
+# -- the walk ----------------------------------------------------------------------------------------------------------
+
+
+def _walk(source: Source, plan: Plan, identity: dict[str, Any], partial: Path, shown: bool) -> int:
+    """Fill `partial`'s stage with the finished checkpoint; returns how many tensors an earlier run had done."""
+    stage = partial / unfinished.STAGE
+    stage.mkdir(exist_ok=True)
+    found = unfinished.recover(partial, plan.shards)
+    if shown and found.damaged:
+        print(f"the unfinished work is damaged at '{found.damaged}'; going on from there", flush=True)
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    done = sum(planned[record.tensor].bytes_before for record in found.records)
+    _check_space(stage, plan, found.records, planned)
+    records = list(found.records)
+    journal = Journal(partial / unfinished.JOURNAL, found.journal_bytes)
+    try:
+        with Progress(
+            "quantizing", sum(tensor.bytes_before for tensor in plan.tensors if not tensor.dropped), done, shown
+        ) as bar:
+            skip = len(found.records)
+            for shard in plan.shards:
+                if skip >= len(shard.groups):
+                    skip -= len(shard.groups)
+                    continue
+                records += _write_shard(source, stage, shard, skip, planned, plan.recipe["scale_rule"], journal, bar)
+                skip = 0
+    finally:
+        journal.close()
+    _finish(source, plan, identity, stage, {record.tensor: record for record in records})
+    return len(found.records)
+
+
+def _check_space(stage: Path, plan: Plan, records: Sequence[Record], planned: dict[str, PlannedTensor]) -> None:
+    """Say now, not after hours, that the disk is too small."""
+    need = plan.file_bytes - sum(planned[record.tensor].bytes_after for record in records)
+    free = shutil.disk_usage(stage).free + sum(file.stat().st_size for file in stage.iterdir() if file.is_file())
+    free -= sum(planned[record.tensor].bytes_after for record in records)
+    if need > free:
+        raise OSError(errno.ENOSPC, f"{need / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free", str(stage))
+
+
+def _write_shard(
+    source: Source, stage: Path, shard: Shard, skip: int, planned: dict[str, PlannedTensor], rule: str,
+    journal: Journal, bar: Progress,
+) -> list[Record]:  # fmt: skip
+    """Append the groups after the first `skip` to one file; truncates what stands behind those."""
+    path = stage / shard.file
+    records = []
+    with path.open("r+b" if skip else "w+b", buffering=0) as file:
+        if skip:
+            file.truncate(len(shard.header) + sum(group.nbytes for group in shard.groups[:skip]))
+            file.seek(0, os.SEEK_END)
+        else:
+            unfinished.write_all(file, shard.header)
+        for group in shard.groups[skip:]:
+            tensor = planned[group.name]
+            bar.at(tensor.name)
+            record = _write_tensor(source, stage, shard, group, tensor, rule, file)
+            journal.append(record, file)
+            records.append(record)
+            bar.add(tensor.name, tensor.bytes_before)
+        journal.sync(file)
+    return records
+
+
+def _write_tensor(
+    source: Source, stage: Path, shard: Shard, group: Group, tensor: PlannedTensor, rule: str, file: BinaryIO
+) -> Record:
+    """Read, quantize, append, read back and check one tensor."""
+    weight = source.read(tensor.name)
+    _check_finite(weight, source.info(tensor.name), source.path)
+    if tensor.format is None:
+        slots = {tensor.name: weight}
+    else:
+        try:
+            packed = quantize_tensor(weight, tensor.format, scale_rule=rule)
+        except FormatError as error:
+            raise FormatError(f"tensor '{tensor.name}': {error}") from None
+        slots = {plane_name(tensor.name, plane): value for plane, value in packed.state_dict().items()}
+    sha256 = {}
+    for slot in group.slots:
+        data = tensor_bytes(slots[slot.name])
+        if len(data) != slot.nbytes:
+            raise AssertionError(
+                f"{slot.name} has {len(data)} bytes, planned were {slot.nbytes}"
+            )  # a bug of numfit's own
+        unfinished.write_all(file, data)
+        sha256[slot.name] = hashlib.sha256(data).hexdigest()
+    del slots
+    again = {slot.name: read_tensor(stage, shard.infos[slot.name]) for slot in group.slots}
+    for name, value in again.items():
+        if hashlib.sha256(tensor_bytes(value)).hexdigest() != sha256[name]:
+            raise CheckpointError(
+                f"'{stage / shard.file}': '{name}' was read back differently than it was written; check the disk"
+            )
+    if tensor.format is None:
+        return Record(tensor.name, sha256, None)
+    planes = {plane: again[plane_name(tensor.name, plane)] for plane in tensor.format.planes(tensor.shape)}
+    error = relative_error(
+        weight, QuantizedTensor.from_planes(tensor.format, tensor.shape, planes, name=f"'{tensor.name}'")
+    )
+    if not error < 1:
+        raise FormatError(
+            f"tensor '{tensor.name}' as {tensor.format.name} would keep nothing of the weights (relative squared error "
+            f"{error:.3g}); give it another format (--rule) or keep it (--skip)"
+        )
+    return Record(tensor.name, sha256, error)
+
+
+def _check_finite(weight: Tensor, info: TensorInfo, path: Path) -> None:
+    """Refuse NaN and Inf in parameters. Buffers, such as masks, may hold them: they are copied as they are."""
+    parameter = weight.dim() >= 2 or info.name.rpartition(".")[2] in ("weight", "bias")
+    if not (parameter and weight.is_floating_point()):
+        return
+    flat = weight.reshape(-1)
+    for start in range(0, len(flat), CHECK_WEIGHTS):
+        piece = flat[start : start + CHECK_WEIGHTS]
+        bad = (~torch.isfinite(piece)).nonzero()
+        if len(bad):
+            first = start + int(bad[0])
+            where = [int(i) for i in np.unravel_index(first, tuple(weight.shape))]
+            count = int((~torch.isfinite(flat)).sum())
+            more = f" and {count - 1} more such values" if count > 1 else ""
+            file = path / info.file if path.is_dir() else path
+            raise CheckpointError(
+                f"'{file}': tensor '{info.name}' holds {float(flat[first])} at {where}{more}; the model is damaged, get a sound copy"
+            )
+
+
+def relative_error(weight: Tensor, packed: QuantizedTensor) -> float:
+    """Σ(w − ŵ)² / Σw² with six digits, ŵ in fp32; the same for any number of threads. inf where ŵ is not finite."""
+    difference = total = 0.0
+    rows = weight.shape[0]
+    step = max(1, CHECK_WEIGHTS * rows // max(1, weight.numel()))
+    for start in range(0, rows, step):
+        w = weight[start : start + step].float().cpu().numpy()
+        w_hat = packed.select(slice(start, start + step)).dequantize().cpu().numpy()
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference += float(np.square(w - w_hat, dtype=np.float64).sum())
+        total += float(np.square(w, dtype=np.float64).sum())
+    if not np.isfinite(difference):
+        return float("inf")
+    if total == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return float(f"{difference / total:.6g}")
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def _finish(source: Source, plan: Plan, identity: dict[str, Any], stage: Path, records: dict[str, Record]) -> None:
+    """Write everything but the weights: configuration, index, tokenizer and, last, the manifest."""
+    if hasattr(source, "save_tokenizer"):
+        source.save_tokenizer(stage)
+    for path in source.aux_files():
+        shutil.copyfile(path, stage / path.name)
+    formats = {tensor.format.name: tensor.format for tensor in plan.quantized if tensor.format}
+    quantization = {
+        "quant_method": "numfit",
+        "format_version": FORMAT_VERSION,
+        "formats": {name: formats[name].to_json() for name in sorted(formats)},
+        "tensors": {tensor.name: tensor.format.name for tensor in plan.quantized if tensor.format},
+    }
+    (stage / "config.json").write_bytes(
+        canonical_json({**plan.config, "quantization_config": quantization}, sort=False)
+    )
+    if len(plan.shards) > 1:
+        (stage / INDEX_FILE).write_bytes(canonical_json(index_json(plan.shards), sort=False))
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(stage.iterdir()) if path.name != MANIFEST
+    }  # fmt: skip
+    place = {group.name: shard.file for shard in plan.shards for group in shard.groups}
+    tensors = {
+        tensor.name: {
+            "format": tensor.format.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "file": place[tensor.name],
+            "bytes": tensor.bytes_after, "error": records[tensor.name].error, "role": tensor.role,
+            "planes": {
+                plane: records[tensor.name].sha256[plane_name(tensor.name, plane)] for plane in tensor.format.planes(tensor.shape)
+            },
+        }
+        for tensor in plan.quantized if tensor.format
+    }  # fmt: skip
+    kept = {
+        tensor.name: {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "file": place[tensor.name], "bytes": tensor.bytes_after,
+            "sha256": records[tensor.name].sha256[tensor.name], "reason": tensor.why, "role": tensor.role,
+        }
+        for tensor in plan.kept
+    }  # fmt: skip
+    dropped = {tensor.name: tensor.why for tensor in plan.tensors if tensor.dropped}
+    manifest = {
+        "format_version": FORMAT_VERSION, **identity, "tensors": tensors, "kept": kept, "dropped": dropped,
+        "files": files, "totals": plan.totals(),
+    }  # fmt: skip
+    path = stage / MANIFEST
+    path.write_bytes(canonical_json(manifest))
+    for file in stage.iterdir():
+        _sync(file)
+    _sync(stage)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
