@@ -201,7 +201,7 @@ def test_unknown_names_suggest(name: str, suggestion: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["", "@u8", "-g64", "int4-", "int4-g", "int4-gx", "int4@", "int4@@fp16", "int4-g64-g64", "int4-g64@fp16@fp16",
-     "int4 g64", "int4-g-5", "int4_g64", "int4-g64-row", "int4-g64@", "x" * 500, "int4-g64.5", "ams-e5m3k2", "ams-e2m2"],
+     "int4 g64", "int4-g-5", "int4_g64", "int4-g64-row", "x" * 500, "int4-g64.5", "ams-e5m3k2", "ams-e2m2"],
 )  # fmt: skip
 def test_malformed_names(name: str) -> None:
     with pytest.raises(FormatError) as caught:
@@ -217,7 +217,8 @@ def test_unknown_storage_suggests() -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [("int4-g0", "positive count"), ("mant4-row@e3m3", "smaller than a row"), ("fp4.25-g2", "straddle"),
-     ("mant4-tensor", "one scale for the tensor"), ("int4-tensor@u8", "smaller than a row")],
+     ("mant4-tensor", "one scale for the tensor"), ("int4-tensor@u8", "smaller than a row"),
+     ("ant4-g64@e3m3", "member per tensor")],
 )  # fmt: skip
 def test_impossible_parts_say_why(name: str, why: str) -> None:
     with pytest.raises(FormatError, match=f"'{name}' is not possible: .*{why}"):
@@ -261,6 +262,14 @@ DAMAGE = {
     "scale of nothing": lambda d: d.update(scale=None),
     "unknown store": lambda d: d["scale"].update(store="e9m9"),
     "store of another type": lambda d: d["scale"].update(store=["fp16"]),
+    "a cap of text": lambda d: d["scale"].update(cap="30"),
+    "a cap below zero": lambda d: d["scale"].update(cap=-30.0),
+    "a cap that is no number": lambda d: d["scale"].update(cap=math.nan),
+    "nothing tried": lambda d: d["scale"].update(tries=[]),
+    "a scale of zero tried": lambda d: d["scale"].update(tries=[0.0]),
+    "unknown search": lambda d: d["scale"].update(search="luck"),
+    "a member without numbers": lambda d: d["members"][3].update(levels=["nan"] * 16),
+    "a member never emitted": lambda d: d["members"][3].update(never=list(range(16))),
     "unknown scale part": lambda d: d["scale"].update(colour="red"),
     "no parent": lambda d: d["scale"].update(parent=None),
     "wrong parent": lambda d: d["scale"].update(parent="column"),

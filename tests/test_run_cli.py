@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,16 @@ from tiny_models import build, edit_config, pack, save_tokenizer
 from numfit.cli import run as verb
 from numfit.errors import CheckpointError, OptionError
 from numfit.runtime import generate, load
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small spend their time waiting for threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 TEMPLATE = "{% for m in messages %}w5 {{ m['content'] }} w6{% endfor %}"
 
@@ -70,9 +81,7 @@ def test_pieces_come_one_by_one_and_make_up_the_text(model: Path) -> None:
 
 
 def test_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        numfit_run(model, "--prompt", "w7 w8", "--max-tokens", 6, "--json", "--threads", torch.get_num_threads()) == 0
-    )
+    assert numfit_run(model, "--prompt", "w7 w8", "--max-tokens", 6, "--json", "--threads", torch.get_num_threads()) == 0
     out = json.loads(capsys.readouterr().out)
     assert out["text"] == greedy(model, "w7 w8", 6) and out["prompt"] == "w7 w8"
     assert (out["prompt_tokens"], out["new_tokens"]) == (3, 6) and out["weights_bytes"] > 0
@@ -84,9 +93,7 @@ def test_decoding_once_changes_nothing_but_the_memory(model: Path, capsys: pytes
     assert out.split() == greedy(model, "w7", 5).split() and "decoded to" in err
 
 
-def test_prompt_from_standard_input(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompt_from_standard_input(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("w7 w8"))
     numfit_run(model, "--prompt", "-", "--max-tokens", 4)
     assert capsys.readouterr().out.split() == greedy(model, "w7 w8", 4).split()
@@ -94,9 +101,7 @@ def test_prompt_from_standard_input(
 
 def test_chat_template(chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     numfit_run(chat_model, "--prompt", "w9", "--max-tokens", 1, "--json")
-    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(["w5", "w9", "w6"]), (
-        "a BOS is the template's affair"
-    )
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(["w5", "w9", "w6"]), "a BOS is the template's affair"
     numfit_run(chat_model, "--prompt", "w9", "--max-tokens", 1, "--json", "--raw")
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(["<s>", "w9"])
 
@@ -126,7 +131,7 @@ def test_bad_options(words: list[str], sentence: str, model: Path) -> None:
 
 
 def test_bad_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="there is no file or directory"):
         numfit_run(tmp_path / "none", "--prompt", "w7")
     assert capsys.readouterr().err.endswith("\n"), "the error must begin on a line of its own"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ from numfit.errors import CheckpointError, OptionError
 from numfit.integrations import _RegistryFinder, install_lazy_transformers_hook
 from numfit.runtime import load
 from numfit.runtime.prepare import Plan, unwatch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small spend their time waiting for threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def from_pretrained(path: Path, **options: Any) -> Any:
@@ -33,7 +43,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_python(code: str, *args: object) -> str:
     """What a fresh interpreter prints for `code`."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=environment, timeout=300
     )
@@ -85,7 +95,7 @@ def test_hook_is_idempotent_and_goes_away() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_and_load_again_is_bit_identical(kind: str, tmp_path: Path) -> None:
     build(kind, tmp_path / "source")
-    pack(tmp_path / "source", tmp_path / "packed")
+    pack(tmp_path / "source", tmp_path / "packed", "int4-row")
     model = from_pretrained(tmp_path / "packed")
     expected = logits(model)
     assert torch.equal(expected, logits(load(tmp_path / "packed", tokenizer=False)[0]))
@@ -130,7 +140,7 @@ def test_saving_what_was_rearranged_is_refused(tmp_path: Path, monkeypatch: pyte
     build("llama", tmp_path / "source")
     pack(tmp_path / "source", tmp_path / "packed")
     conversion_mapping.get_checkpoint_conversion_mapping("llama")  # fills the cache that is patched
-    rules = [WeightConverter(name, name, [PermuteForRope()])]
+    rules = [WeightConverter(name, name, [PermuteForRope(permute_layer_names=["q_proj"])])]
     monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", rules)
     model = from_pretrained(tmp_path / "packed")
     with pytest.raises(OptionError, match=r"q_proj.weight' was rearranged .* copy the checkpoint's directory"):

@@ -32,6 +32,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {}),  # a subclass of nn.Embedding that scales; tied
     "phi3": ("Phi3Config", {}),  # qkv and gate_up fused in the file already
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4}),  # Conv1D: neither Linear nor Embedding
+    "olmo": ("OlmoConfig", {}),  # norms without weights: no parameter is left
+    "minimax": ("MiniMaxConfig", {"num_local_experts": 3}),  # persistent buffers that look like matrices
     "mixtral": ("MixtralConfig", {"num_local_experts": 3}),  # a tensor per expert in the file, fused in the model
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 4}),  # 3-D experts with biases in the file
 }

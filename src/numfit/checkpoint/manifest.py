@@ -19,8 +19,9 @@ _SECTIONS = ("recipe", "source", "tensors", "kept", "files", "totals")
 
 
 def canonical_json(content: dict[str, Any], sort: bool = True) -> bytes:
-    """The one spelling of our JSON files: indented by one, a newline at the end, keys sorted unless they are a user's."""
-    return (json.dumps(content, indent=1, sort_keys=sort, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """Our one spelling of JSON: indented by one, a newline at the end, keys sorted unless they are a user's."""
+    # A user's config.json may hold Infinity (Mamba's time steps do); nothing of ours does.
+    return (json.dumps(content, indent=1, sort_keys=sort, ensure_ascii=False, allow_nan=not sort) + "\n").encode()
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A numfit checkpoint as a mapping from names to quantized tensors, read when asked for; and `verify`, which reads it all."""
+"""A numfit checkpoint as a mapping from names to quantized tensors, read when asked for; `verify` reads it all."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 
     return Checkpoint(
         directory, manifest, config, formats,
-        Lazy([name for name in formats], quantized),
+        Lazy(list(formats), quantized),
         Lazy(list(kept), lambda name: read_tensor(directory, infos[name])),
         infos,
     )  # fmt: skip
@@ -224,7 +224,7 @@ def _verify_tensor(
 ) -> None:
     if hashlib.sha256(tensor_bytes(read_tensor(directory, info))).hexdigest() != sha256:
         raise CheckpointError(
-            f"'{info.name}' in '{directory / info.file}' differs from what {MANIFEST} recorded; copy the checkpoint again"
+            f"'{info.name}' in '{directory / info.file}' differs from what {MANIFEST} recorded; copy it again"
         )
     if progress:
         progress(info.name, info.nbytes)

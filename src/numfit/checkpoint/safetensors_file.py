@@ -41,7 +41,7 @@ CHUNK = 1 << 23  # bytes read at a time while hashing
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `dtype` in safetensors' spelling ("F32", "BF16"), `start` in bytes from the file's begin."""
+    """Where one tensor lies. `dtype` in safetensors' spelling ("F32", "BF16"), `start` in bytes into the file."""
 
     name: str
     dtype: str
@@ -110,28 +110,51 @@ def read_tensor(directory: Path, info: TensorInfo) -> Tensor:
     """Read one tensor into memory of its own. Shape `info.shape`; only its own bytes are touched.
 
     Raises:
-        CheckpointError: a dtype PyTorch does not have, or the file became shorter than its header said.
+        CheckpointError: a dtype PyTorch does not have, a file that cannot be read or became shorter.
     """
     if info.dtype not in DTYPES:
         raise CheckpointError(
             f"tensor '{info.name}' in '{info.file}' has the type {info.dtype}, which this numfit cannot read"
         )
     buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-    with (directory / info.file).open("rb", buffering=0) as file:
-        file.seek(info.start)
-        view, done = memoryview(buffer.numpy()), 0
-        while done < info.nbytes:
-            got = file.readinto(view[done:])
-            if not got:
-                raise CheckpointError(f"'{directory / info.file}' ended inside tensor '{info.name}'; copy it again")
-            done += got
+    read_into(directory, info, 0, buffer.numpy().data)
     return buffer.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def read_into(directory: Path, info: TensorInfo, offset: int, view: memoryview) -> None:
+    """Fill `view` with the tensor's bytes from `offset` on. Errors as `read_tensor`."""
+    done = 0
+    try:
+        with (directory / info.file).open("rb", buffering=0) as file:
+            file.seek(info.start + offset)
+            while done < len(view):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise CheckpointError(f"'{directory / info.file}' ended inside tensor '{info.name}'; copy it again")
+                done += got
+    except OSError as error:
+        raise CheckpointError(
+            f"'{directory / info.file}' cannot be read ({error.strerror}); check its permissions and the disk"
+        ) from None
+
+
+def same_bytes(directory: Path, one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same values, bit for bit; compared in chunks."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for offset in range(0, one.nbytes, CHUNK):
+        a, b = (bytearray(min(CHUNK, one.nbytes - offset)) for _ in range(2))
+        read_into(directory, one, offset, memoryview(a))
+        read_into(directory, other, offset, memoryview(b))
+        if a != b:
+            return False
+    return True
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's little-endian bytes in row-major order, without a copy where it is contiguous on the host."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def sha256_file(path: Path) -> str:

@@ -1,8 +1,9 @@
 """Where weights come from: a Hugging Face directory (or a GGUF file) as names, shapes and tensors read one at a time.
 
-Everything that can be known to be wrong from the headers is said before the first tensor is read: damaged files, missing
-shards, an index that disagrees with the files in either direction. Tensors come in memory of their own, never as views
-of a mapped file (see safetensors_file.py). Pickled weights (`pytorch_model.bin`) are not read: opening them runs code.
+Everything that can be known to be wrong from the headers is said before the first tensor is read: damaged files,
+missing shards, an index that disagrees with the files in either direction. Tensors come in memory of their own, never
+as views of a mapped file (see safetensors_file.py). Pickled weights (`pytorch_model.bin`) are not
+read: opening them runs code.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # What goes along into a quantized checkpoint. Python files do not: a numfit checkpoint holds no code.
 AUX_PATTERNS = (
-    "tokenizer*.json", "*.model", "vocab*.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-    "tekken.json", "*.tiktoken", "chat_template*", "*.jinja", "generation_config.json", "*processor_config.json",
-    "LICENSE*", "NOTICE*",
+    "tokenizer*.json", "*.model", "vocab*.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "tekken.json", "*.tiktoken", "chat_template*", "*.jinja", "generation_config.json",
+    "*processor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
@@ -98,7 +99,7 @@ class DirectorySource:
         return sorted(file for file in found if file.name != INDEX_FILE)
 
     def fingerprint(self, progress: Callable[[str, int], None] | None = None) -> dict[str, Any]:
-        """Sizes and sha256 of everything that can influence the output; every byte is read, once in this object's life."""
+        """Sizes and sha256 of all that can influence the output; every byte is read, once in this object's life."""
         if "_hashes" not in self.__dict__:
             names = {*self.files, "config.json", *(file.name for file in self.aux_files())}
             hashes = {name: _hash(self.path / name, progress) for name in sorted(names)}
@@ -113,12 +114,17 @@ class DirectorySource:
 
 def _hash(path: Path, progress: Callable[[str, int], None] | None) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-            if progress:
-                progress(path.name, len(chunk))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+                if progress:
+                    progress(path.name, len(chunk))
+    except OSError as error:
+        raise CheckpointError(
+            f"'{path}' cannot be read ({error.strerror}); check its permissions and the disk"
+        ) from None
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
@@ -203,7 +209,8 @@ def _directory_tensors(path: Path) -> tuple[tuple[str, ...], dict[str, TensorInf
             single = path / loose[0]
         elif loose:
             raise CheckpointError(
-                f"'{path}' has {len(loose)} safetensors files but no {INDEX_FILE} to say which belong together; copy the index too"
+                f"'{path}' has {len(loose)} safetensors files but no {INDEX_FILE} to say which belong "
+                "together; copy the index too"
             )
         elif any(path.glob("*.bin")) or any(path.glob("*.pt*")):
             raise CheckpointError(
@@ -229,7 +236,8 @@ def _indexed_tensors(path: Path, index_path: Path) -> tuple[tuple[str, ...], dic
         raise CheckpointError(f"'{index_path}' points outside its directory ('{outside[0]}'); copy the index again")
     if (path / SINGLE_FILE).is_file() and SINGLE_FILE not in files:
         raise CheckpointError(
-            f"'{path}' has both {SINGLE_FILE} and an index of other files, so it is unclear which weights count; remove one"
+            f"'{path}' has both {SINGLE_FILE} and an index of other files, so it is unclear which weights "
+            "count; remove one"
         )
     missing = [file for file in files if not (path / file).is_file()]
     if missing:

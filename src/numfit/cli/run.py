@@ -31,17 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default), 1 samples as trained"
     )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of probability"
-    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of probability")
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--raw", action="store_true", help="do not use the chat template")
-    parser.add_argument(
-        "--decode-once", action="store_true", help="decode all weights first: faster, but as large as before"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", help="of activations: auto (as config.json), float32, bfloat16, float16"
-    )
+    parser.add_argument("--decode-once", action="store_true", help="decode all weights first: faster, but as large as before")
+    parser.add_argument("--dtype", default="auto", help="of activations: auto (as config.json), float32, bfloat16, float16")
     parser.add_argument("--device", metavar="DEVICE", help="where to run, for instance cuda (default: the CPU)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")

@@ -72,8 +72,9 @@ def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
     shifts = torch.arange(group, device=stream.device) * bits
     byte_shifts = torch.arange(span, device=stream.device) * 8
     for start in range(0, flat.shape[0], rows):
-        part = torch.nn.functional.pad(flat[start : start + rows].to(torch.int64), (0, -n_bytes % span))
-        words = (part.view(part.shape[0], -1, span) << byte_shifts).sum(-1)
-        values = ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).to(torch.uint8)
+        wide = torch.int32 if span < 4 else torch.int64
+        part = torch.nn.functional.pad(flat[start : start + rows].to(wide), (0, -n_bytes % span))
+        words = (part.view(part.shape[0], -1, span) << byte_shifts.to(wide)).sum(-1, dtype=wide)
+        values = ((words.unsqueeze(-1) >> shifts.to(wide)) & ((1 << bits) - 1)).to(torch.uint8)
         out[start : start + rows] = values.view(part.shape[0], -1)[:, :count]
     return out.reshape(*lead, count)

@@ -5,8 +5,8 @@ checkpoint and `save_pretrained` of the model work. transformers loads what is k
 business from the file to the buffer (see numfit.runtime.prepare for why), and an incomplete checkpoint is an error.
 
 Without `import numfit` transformers only warns that it does not know the method, and returns a model with random
-weights. That cannot be prevented from here; the tensors of a numfit file are named so that at least none is mistaken for
-another.
+weights. That cannot be prevented from here; the tensors of a numfit file are named so that at least none is mistaken
+for another.
 
 This file is imported while transformers itself still is, right after its registry: only the few modules that the
 registry needs may be imported at its top.
@@ -15,6 +15,7 @@ registry needs may be imported at its top.
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from numfit.checkpoint.packed import config_formats
 from numfit.errors import CheckpointError, OptionError
 from numfit.runtime.modules import decode_model, packed_modules
-from numfit.runtime.prepare import Plan, fill, prepare, read_config, unwatch, watch
+from numfit.runtime.prepare import Plan, fill, prepare, unwatch, watch
 
 METHOD = "numfit"
 
@@ -51,14 +53,11 @@ class NumfitQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        entries = quantization_config.to_dict()
-        self.formats = read_config(entries)
+        self.formats = config_formats({"quantization_config": quantization_config.to_dict()}, Path("config.json"))
         self.plan: Plan | None = None
         self.conversions: list[Any] = []
 
-    def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> Any:
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise CheckpointError(
                 "a numfit checkpoint is loaded from its directory with .safetensors files, not from a state dict"

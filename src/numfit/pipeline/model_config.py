@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from numfit.checkpoint.safetensors_file import same_bytes
 from numfit.checkpoint.source import DirectorySource, Source
 from numfit.errors import OptionError
 from numfit.pipeline.roles import is_packed, role
@@ -25,13 +24,14 @@ def checked_config(source: Source) -> tuple[dict[str, Any], list[str]]:
     method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else None
     if method == "numfit":
         raise OptionError(
-            f"'{source.path}' is quantized by numfit already, and quantizing twice only adds errors; quantize its source, "
-            "or turn it into a plain model first: numfit convert"
+            f"'{source.path}' is quantized by numfit already, and quantizing twice only adds errors; "
+            "quantize its source, or turn it into a plain model first: numfit convert"
         )
     if packed:
         by = f" with {method}" if method else ""
         raise OptionError(
-            f"'{source.path}' is quantized already{by} (it holds '{packed[0]}'); give the unquantized model, or dequantize it first"
+            f"'{source.path}' is quantized already{by} (it holds '{packed[0]}'); "
+            "give the unquantized model, or dequantize it first"
         )
     if quantization is None:
         return config, []
@@ -52,11 +52,10 @@ def untie(source: Source, config: dict[str, Any]) -> tuple[dict[str, Any], dict[
     judged = {name: role(source.info(name)).kind for name in source.names()}
     heads = [name for name, kind in judged.items() if kind == "head"]
     inputs = [name for name, kind in judged.items() if kind == "embedding" and "per_layer" not in name]
-    if len(heads) != 1 or len(inputs) != 1:
+    if len(heads) != 1 or len(inputs) != 1 or not isinstance(source, DirectorySource):
         return config, {}, []
     head, table = source.info(heads[0]), source.info(inputs[0])
-    same = (head.dtype, head.shape) == (table.dtype, table.shape)
-    if same and torch.equal(source.read(head.name).view(torch.uint8), source.read(table.name).view(torch.uint8)):
+    if same_bytes(source.path, head, table):
         return config, {head.name: f"tied: equals '{table.name}', written once"}, []
     config = {**config, "tie_word_embeddings": False}
     if text and "tie_word_embeddings" in text:

@@ -6,9 +6,9 @@
         journal.jsonl   one line a finished tensor, in file order
         checkpoint/     what will be OUT, renamed in one step at the end
 
-A line is appended to the journal after its tensor was written, read back and checked. Data and journal are flushed to the
-disk together once a second and at the end of each file, not for every tensor: a killed process loses nothing by that, and
-after a power failure the next run notices, because it reads the recorded prefix again, compares every hash, cuts
+A line is appended to the journal after its tensor was written, read back and checked. Data and journal are flushed to
+the disk together once a second and at the end of each file, not for every tensor: a killed process loses nothing by
+that, and after a power failure the next run notices: it reads the recorded prefix again, compares every hash, cuts
 everything behind the last sound tensor off and goes on there. Same bytes, whatever happened.
 """
 
@@ -96,15 +96,19 @@ def check_identity(partial: Path, identity: dict[str, Any]) -> None:
 
 
 def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first difference of two identities in words, or None: {"numfit_version", "recipe", "source"}."""
+    """The first difference of two identities in words, or None: {"numfit_version", "recipe", "formats", "source"}."""
     if before.get("numfit_version") != now["numfit_version"]:
         return f"it was made by numfit {before.get('numfit_version')}, this is numfit {now['numfit_version']}"
-    old, new = before.get("recipe", {}), now["recipe"]
+    old, new = before.get("recipe") or {}, now["recipe"]
     for option in sorted(old.keys() | new.keys()):
         if old.get(option) != new.get(option):
             flag = "--rule" if option == "rules" else f"--{option.replace('_', '-')}"
             return f"{flag} was {_words(old.get(option))} and is now {_words(new.get(option))}"
-    old, new = before.get("source", {}).get("files", {}), now["source"]["files"]
+    old, new = before.get("formats") or {}, now["formats"]
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] != new[name]:
+            return f"the format '{name}' is not defined as it was"
+    old, new = (before.get("source") or {}).get("files") or {}, now["source"]["files"]
     for file in sorted(old.keys() | new.keys()):
         if old.get(file) != new.get(file):
             what = "is gone" if file not in new else "is new" if file not in old else "has changed"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ import torch
 
 from numfit.checkpoint.packed import plane_name
 from numfit.checkpoint.safetensors_file import DTYPE_NAMES, Group, Shard, Slot, layout_shards, make_group
-from numfit.checkpoint.source import DirectorySource, Source, open_source
+from numfit.checkpoint.source import DirectorySource, Source, natural_key, open_source
 from numfit.errors import FormatError, OptionError
 from numfit.formats import Format
+from numfit.formats.fit import SCALE_RULES
 from numfit.pipeline.model_config import checked_config, untie
 from numfit.pipeline.options import (
     KEEP,
@@ -70,7 +72,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expectations, measured on a small slice of this model on this machine: `seconds`, and `peak_bytes` of host memory."""
+    """Expectations from a small slice of this model on this machine: `seconds`, and `peak_bytes` of host memory."""
 
     peak_bytes: int
     seconds: float
@@ -151,7 +153,7 @@ def plan(
         embedding: of embeddings and lm_head; "keep" leaves them.
         rules: "regex=format" (or pairs), searched in tensor names, the first match wins; "keep" is a format here.
         skip: regular expressions of tensors to keep; they win over rules.
-        scale_rule: "mse" or "absmax" (e8m0 scales also "floor", "ceil").
+        scale_rule: "mse" or "absmax"; formats with e8m0 scales also "floor" or "ceil" (others beside them use "mse").
         shard_size: largest output file, as "5GB", "500MB" or a number of bytes.
         threads: CPU threads; None leaves torch's setting.
         estimate: measure a slice for memory and time, which takes a few seconds.
@@ -162,24 +164,35 @@ def plan(
     """
     from numfit.pipeline.estimate import measure
 
-    set_threads(threads)
-    source = open_source(model)
-    result = make_plan(
-        source, format, embedding=embedding, rules=rules, skip=skip, scale_rule=scale_rule, shard_size=shard_size
-    )  # fmt: skip
-    return replace(result, estimate=measure(source, result)) if estimate else result
+    with cpu_threads(threads):
+        source = open_source(model)
+        result = make_plan(
+            source, format, embedding=embedding, rules=rules, skip=skip, scale_rule=scale_rule, shard_size=shard_size
+        )
+        return replace(result, estimate=measure(source, result)) if estimate else result
 
 
-def set_threads(threads: int | None) -> None:
-    """Set torch's CPU threads, or leave them.
+@contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Let torch use so many CPU threads inside the block; None leaves it alone.
 
     Raises:
         OptionError: not a positive number.
     """
+    if threads is not None and threads < 1:
+        raise OptionError(f"--threads must be at least 1, not {threads}")
+    before = torch.get_num_threads()
     if threads is not None:
-        if threads < 1:
-            raise OptionError(f"--threads must be at least 1, not {threads}")
         torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def rule_for(fmt: Format, scale_rule: str) -> str:
+    """The scale rule of one format: "floor" and "ceil" are OCP's, for e8m0 scales; others beside them use "mse"."""
+    return "mse" if scale_rule in ("floor", "ceil") and fmt.scale.store != "e8m0" else scale_rule
 
 
 def make_plan(
@@ -198,13 +211,16 @@ def make_plan(
     main, table = as_format(format), format_or_keep(embedding)
     parsed, skips = [parse_rule(rule) for rule in rules], [parse_skip(pattern) for pattern in skip]
     limit = parse_size(shard_size)
+    if scale_rule not in SCALE_RULES or rule_for(main, scale_rule) != scale_rule:
+        allowed = ", ".join(rule for rule in SCALE_RULES if rule_for(main, rule) == rule)
+        raise OptionError(f"the scale rule '{scale_rule}' does not apply to {main.name}; choose one of {allowed}")
     config, warnings = checked_config(source)
     config, dropped, tie_warning = untie(source, config)
     warnings += tie_warning
 
     check_patterns(source, parsed, skips)
     tensors = []
-    for name in source.names():
+    for name in sorted(source.names(), key=natural_key):  # the same order for GGUF and directories
         info = source.info(name)
         judged = role(info)
         if name in dropped:

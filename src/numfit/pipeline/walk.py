@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,24 +24,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from numfit.checkpoint.manifest import FORMAT_VERSION, MANIFEST, canonical_json, read_manifest
+from numfit.checkpoint.manifest import read_manifest
 from numfit.checkpoint.packed import plane_name
 from numfit.checkpoint.safetensors_file import (
     Group,
     Shard,
     TensorInfo,
-    index_json,
     read_tensor,
-    sha256_file,
     tensor_bytes,
 )
-from numfit.checkpoint.source import INDEX_FILE, DirectorySource, Source, open_source
-from numfit.errors import CheckpointError, FormatError, OptionError
+from numfit.checkpoint.source import DirectorySource, Source, open_source
+from numfit.errors import CheckpointError, FormatError
 from numfit.formats import Format, QuantizedTensor, quantize_tensor
 from numfit.pipeline import partial as unfinished
+from numfit.pipeline.finish import already_there, finish
 from numfit.pipeline.memory import peak_bytes
 from numfit.pipeline.partial import Journal, Record
-from numfit.pipeline.plan import SHARD_SIZE, Plan, PlannedTensor, make_plan, set_threads
+from numfit.pipeline.plan import SHARD_SIZE, Plan, PlannedTensor, cpu_threads, make_plan, rule_for
 from numfit.pipeline.progress import Progress
 
 CHECK_WEIGHTS = 1 << 22  # weights decoded at a time while checking
@@ -75,18 +75,29 @@ def quantize(
         CheckpointError: the source is damaged or holds NaN or Inf, or the output cannot be written.
         FormatError: an unknown format. OptionError: options that do not fit, or differ from those of unfinished work.
     """
+    with cpu_threads(threads):
+        source = open_source(model)
+        plan = make_plan(
+            source, format, embedding=embedding, rules=rules, skip=skip, scale_rule=scale_rule, shard_size=shard_size
+        )
+        return _carry_out(source, plan, out, progress)
+
+
+def _carry_out(source: Source, plan: Plan, out: str | Path, progress: bool) -> dict[str, Any]:
+    """Make `plan` real at `out`, unless it is already; see `quantize`."""
     started = time.monotonic()
-    set_threads(threads)
-    source = open_source(model)
-    plan = make_plan(
-        source, format, embedding=embedding, rules=rules, skip=skip, scale_rule=scale_rule, shard_size=shard_size
-    )  # fmt: skip
+    formats = {tensor.format.name: tensor.format.to_json() for tensor in plan.quantized if tensor.format}
     out = Path(out).expanduser().resolve()
-    identity = {"numfit_version": _version(), "recipe": plan.recipe, "source": _fingerprint(source, progress)}
+    identity = {
+        "numfit_version": _version(),
+        "recipe": plan.recipe,
+        "formats": formats,
+        "source": _fingerprint(source, progress),
+    }
     partial = out.with_name(f"{out.name}.partial")
     resumed = 0
     with _write_errors(out, partial):
-        if _already_there(out, identity):
+        if already_there(out, identity):
             status = "already there"
             if partial.is_dir() and not (partial / unfinished.STAGE).exists():
                 with unfinished.locked(partial):  # left by a run that was killed after its last step but one
@@ -129,35 +140,6 @@ def _fingerprint(source: Source, shown: bool) -> dict[str, Any]:
         return source.fingerprint(progress=bar.add)
 
 
-def _already_there(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether `out` is the finished checkpoint; False if there is nothing.
-
-    Raises:
-        OptionError: something else is there.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    if not out.is_dir():
-        raise OptionError(f"'{out}' is a file; choose a directory that does not exist yet")
-    if not (out / MANIFEST).is_file():
-        raise OptionError(f"'{out}' is not empty and not a numfit checkpoint; choose another output or remove it")
-    manifest = read_manifest(out)
-    difference = unfinished.describe_difference({key: manifest.get(key) for key in identity}, identity)
-    if difference:
-        raise OptionError(
-            f"'{out}' is a numfit checkpoint made with another setting: {difference}; choose another output or remove it"
-        )
-    broken = [
-        file for file, entry in manifest["files"].items()
-        if not (out / file).is_file() or (out / file).stat().st_size != entry["bytes"]
-    ]  # fmt: skip
-    if broken:
-        raise OptionError(
-            f"'{out}' is this checkpoint, but its file '{broken[0]}' is missing or cut off; remove '{out}' and run again"
-        )
-    return True
-
-
 @contextmanager
 def _write_errors(out: Path, partial: Path) -> Iterator[None]:
     """Say in a sentence why the output cannot be written, and that nothing is lost."""
@@ -187,10 +169,10 @@ def _walk(source: Source, plan: Plan, identity: dict[str, Any], partial: Path, s
     stage.mkdir(exist_ok=True)
     found = unfinished.recover(partial, plan.shards)
     if shown and found.damaged:
-        print(f"the unfinished work is damaged at '{found.damaged}'; going on from there", flush=True)
+        print(f"the unfinished work is damaged at '{found.damaged}'; going on from there", file=sys.stderr, flush=True)
     planned = {tensor.name: tensor for tensor in plan.tensors}
     done = sum(planned[record.tensor].bytes_before for record in found.records)
-    _check_space(stage, plan, found.records, planned)
+    _check_space(stage, plan)
     records = list(found.records)
     journal = Journal(partial / unfinished.JOURNAL, found.journal_bytes)
     try:
@@ -206,17 +188,16 @@ def _walk(source: Source, plan: Plan, identity: dict[str, Any], partial: Path, s
                 skip = 0
     finally:
         journal.close()
-    _finish(source, plan, identity, stage, {record.tensor: record for record in records})
+    finish(source, plan, identity, stage, {record.tensor: record for record in records})
     return len(found.records)
 
 
-def _check_space(stage: Path, plan: Plan, records: Sequence[Record], planned: dict[str, PlannedTensor]) -> None:
+def _check_space(stage: Path, plan: Plan) -> None:
     """Say now, not after hours, that the disk is too small."""
-    need = plan.file_bytes - sum(planned[record.tensor].bytes_after for record in records)
     free = shutil.disk_usage(stage).free + sum(file.stat().st_size for file in stage.iterdir() if file.is_file())
-    free -= sum(planned[record.tensor].bytes_after for record in records)
-    if need > free:
-        raise OSError(errno.ENOSPC, f"{need / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free", str(stage))
+    if plan.file_bytes > free:
+        sizes = f"{plan.file_bytes / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+        raise OSError(errno.ENOSPC, sizes, str(stage))
 
 
 def _write_shard(
@@ -249,24 +230,7 @@ def _write_tensor(
     """Read, quantize, append, read back and check one tensor."""
     weight = source.read(tensor.name)
     _check_finite(weight, source.info(tensor.name), source.path)
-    if tensor.format is None:
-        slots = {tensor.name: weight}
-    else:
-        try:
-            packed = quantize_tensor(weight, tensor.format, scale_rule=rule)
-        except FormatError as error:
-            raise FormatError(f"tensor '{tensor.name}': {error}") from None
-        slots = {plane_name(tensor.name, plane): value for plane, value in packed.state_dict().items()}
-    sha256 = {}
-    for slot in group.slots:
-        data = tensor_bytes(slots[slot.name])
-        if len(data) != slot.nbytes:
-            raise AssertionError(
-                f"{slot.name} has {len(data)} bytes, planned were {slot.nbytes}"
-            )  # a bug of numfit's own
-        unfinished.write_all(file, data)
-        sha256[slot.name] = hashlib.sha256(data).hexdigest()
-    del slots
+    sha256 = _append(_encode(weight, tensor, rule), group, file)
     again = {slot.name: read_tensor(stage, shard.infos[slot.name]) for slot in group.slots}
     for name, value in again.items():
         if hashlib.sha256(tensor_bytes(value)).hexdigest() != sha256[name]:
@@ -276,15 +240,38 @@ def _write_tensor(
     if tensor.format is None:
         return Record(tensor.name, sha256, None)
     planes = {plane: again[plane_name(tensor.name, plane)] for plane in tensor.format.planes(tensor.shape)}
-    error = relative_error(
+    lost = relative_error(
         weight, QuantizedTensor.from_planes(tensor.format, tensor.shape, planes, name=f"'{tensor.name}'")
     )
-    if not error < 1:
+    if not lost < 1:
         raise FormatError(
             f"tensor '{tensor.name}' as {tensor.format.name} would keep nothing of the weights (relative squared error "
-            f"{error:.3g}); give it another format (--rule) or keep it (--skip)"
+            f"{lost:.3g}); give it another format (--rule) or keep it (--skip)"
         )
-    return Record(tensor.name, sha256, error)
+    return Record(tensor.name, sha256, lost)
+
+
+def _encode(weight: Tensor, tensor: PlannedTensor, rule: str) -> dict[str, Tensor]:
+    """What the file will hold of one tensor, by the names of its slots."""
+    if tensor.format is None:
+        return {tensor.name: weight}
+    try:
+        packed = quantize_tensor(weight, tensor.format, scale_rule=rule_for(tensor.format, rule))
+    except FormatError as error:
+        raise FormatError(f"tensor '{tensor.name}': {error}") from None
+    return {plane_name(tensor.name, plane): value for plane, value in packed.state_dict().items()}
+
+
+def _append(slots: dict[str, Tensor], group: Group, file: BinaryIO) -> dict[str, str]:
+    """Write a group's tensors at the end of the file; returns their sha256."""
+    sha256 = {}
+    for slot in group.slots:
+        data = tensor_bytes(slots[slot.name])
+        if len(data) != slot.nbytes:  # a bug of numfit's own, which would shift everything behind it
+            raise AssertionError(f"{slot.name} has {len(data)} bytes, planned were {slot.nbytes}")
+        unfinished.write_all(file, data)
+        sha256[slot.name] = hashlib.sha256(data).hexdigest()
+    return sha256
 
 
 def _check_finite(weight: Tensor, info: TensorInfo, path: Path) -> None:
@@ -303,7 +290,8 @@ def _check_finite(weight: Tensor, info: TensorInfo, path: Path) -> None:
             more = f" and {count - 1} more such values" if count > 1 else ""
             file = path / info.file if path.is_dir() else path
             raise CheckpointError(
-                f"'{file}': tensor '{info.name}' holds {float(flat[first])} at {where}{more}; the model is damaged, get a sound copy"
+                f"'{file}': tensor '{info.name}' holds {float(flat[first])} at {where}{more}; "
+                "the model is damaged, get a sound copy"
             )
 
 
@@ -323,66 +311,3 @@ def relative_error(weight: Tensor, packed: QuantizedTensor) -> float:
     if total == 0:
         return 0.0 if difference == 0 else float("inf")
     return float(f"{difference / total:.6g}")
-
-
-# -- the end -----------------------------------------------------------------------------------------------------------
-
-
-def _finish(source: Source, plan: Plan, identity: dict[str, Any], stage: Path, records: dict[str, Record]) -> None:
-    """Write everything but the weights: configuration, index, tokenizer and, last, the manifest."""
-    if hasattr(source, "save_tokenizer"):
-        source.save_tokenizer(stage)
-    for path in source.aux_files():
-        shutil.copyfile(path, stage / path.name)
-    formats = {tensor.format.name: tensor.format for tensor in plan.quantized if tensor.format}
-    quantization = {
-        "quant_method": "numfit",
-        "format_version": FORMAT_VERSION,
-        "formats": {name: formats[name].to_json() for name in sorted(formats)},
-        "tensors": {tensor.name: tensor.format.name for tensor in plan.quantized if tensor.format},
-    }
-    (stage / "config.json").write_bytes(
-        canonical_json({**plan.config, "quantization_config": quantization}, sort=False)
-    )
-    if len(plan.shards) > 1:
-        (stage / INDEX_FILE).write_bytes(canonical_json(index_json(plan.shards), sort=False))
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(stage.iterdir()) if path.name != MANIFEST
-    }  # fmt: skip
-    place = {group.name: shard.file for shard in plan.shards for group in shard.groups}
-    tensors = {
-        tensor.name: {
-            "format": tensor.format.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "file": place[tensor.name],
-            "bytes": tensor.bytes_after, "error": records[tensor.name].error, "role": tensor.role,
-            "planes": {
-                plane: records[tensor.name].sha256[plane_name(tensor.name, plane)] for plane in tensor.format.planes(tensor.shape)
-            },
-        }
-        for tensor in plan.quantized if tensor.format
-    }  # fmt: skip
-    kept = {
-        tensor.name: {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "file": place[tensor.name], "bytes": tensor.bytes_after,
-            "sha256": records[tensor.name].sha256[tensor.name], "reason": tensor.why, "role": tensor.role,
-        }
-        for tensor in plan.kept
-    }  # fmt: skip
-    dropped = {tensor.name: tensor.why for tensor in plan.tensors if tensor.dropped}
-    manifest = {
-        "format_version": FORMAT_VERSION, **identity, "tensors": tensors, "kept": kept, "dropped": dropped,
-        "files": files, "totals": plan.totals(),
-    }  # fmt: skip
-    path = stage / MANIFEST
-    path.write_bytes(canonical_json(manifest))
-    for file in stage.iterdir():
-        _sync(file)
-    _sync(stage)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

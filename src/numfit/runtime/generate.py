@@ -54,9 +54,7 @@ def generate(
         OptionError: an empty prompt, or a number out of its range.
     """
     if not prompt.strip():
-        raise OptionError(
-            "the prompt is empty; give some text to continue, for instance --prompt 'The capital of France is'"
-        )
+        raise OptionError("the prompt is empty; give some text to continue, for instance --prompt 'The capital of France is'")
     if max_tokens < 1:
         raise OptionError(f"max_tokens must be at least 1, not {max_tokens}")
     if not 0 <= temperature < float("inf"):

@@ -58,12 +58,13 @@ class Index:
 
     Attributes:
         targets: the parameters that are made of at least one packed tensor.
-        kept: parameter or buffer of the model → it is fed by a tensor of the file that is not packed.
+        kept: parameter or buffer of the model that is fed without packing → the tensor of the file, or None where
+            it comes out of a conversion.
         ignored: tensors of the file that this model leaves out on purpose (multi-token prediction layers, say).
     """
 
     targets: tuple[Target, ...]
-    kept: frozenset[str]
+    kept: dict[str, str | None]
     ignored: frozenset[str]
 
 
@@ -108,7 +109,7 @@ def map_tensors(model: Any, leads: Mapping[str, tuple[int, ...]], packed: frozen
         )
 
     targets: list[Target] = []
-    kept: set[str] = set()
+    kept: dict[str, str | None] = {}
     for first, members in groups.items():
         converter = by_pattern[members[0][1]] if members[0][1] is not None else None
         if converter is None and len(members) > 1:
@@ -117,12 +118,13 @@ def map_tensors(model: Any, leads: Mapping[str, tuple[int, ...]], packed: frozen
                 "it must hold only one of them"
             )
         if not any(name in packed for name, _ in members):
-            kept |= {first} if converter is None else {
-                first.replace(converter.target_patterns[0], pattern, 1) for pattern in converter.target_patterns
-            }  # fmt: skip
+            if converter is None:
+                kept[first] = members[0][0]
+            else:
+                kept |= {first.replace(converter.target_patterns[0], p, 1): None for p in converter.target_patterns}
             continue
         targets += _trace(model, meta, first, members, deepcopy(converter), leads)
-    return Index(tuple(targets), frozenset(kept), frozenset(homeless.values()))
+    return Index(tuple(targets), kept, frozenset(homeless.values()))
 
 
 def _trace(
@@ -145,8 +147,8 @@ def _trace(
             arranged = {first: rows}
     if converter is not None:
         try:
-            arranged = converter.convert(first, model=_Narrow(model), config=model.config)
-        except (ValueError, RuntimeError, IndexError, AttributeError, TypeError) as error:
+            arranged = converter.convert(first, model=_Narrow(model, meta), config=model.config)
+        except (ValueError, RuntimeError, LookupError, AttributeError, TypeError) as error:
             raise _rearranged(names, first, str(error)) from error
 
     out = []
@@ -200,11 +202,11 @@ def some(names: list[str]) -> str:
 class _Narrow:
     """A model whose parameters claim to have rows of one number, for operations that look up a target's shape."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, meta: Mapping[str, Tensor]) -> None:
+        self._model, self._meta = model, meta
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def get_parameter(self, name: str) -> Tensor:
-        return torch.empty((*self._model.get_parameter(name).shape[:-1], 1), device="meta")
+        return torch.empty((*self._meta[name].shape[:-1], 1), device="meta")

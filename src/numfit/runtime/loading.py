@@ -6,7 +6,6 @@ many are errors for plain directories too, files are checked before they are rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 
-from numfit.checkpoint.safetensors_file import read_header
+from numfit.checkpoint import open_source, resolve_model
+from numfit.checkpoint.source import TOKENIZER_FILES
 from numfit.errors import CheckpointError, OptionError, require
 from numfit.runtime.index import some
 
@@ -24,10 +24,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tekken.json", "tiktoken.model",
-)  # fmt: skip
 
 
 def load(
@@ -41,7 +37,7 @@ def load(
     """Load a causal language model and its tokenizer.
 
     Args:
-        directory: a numfit checkpoint, or any Hugging Face directory that transformers knows.
+        directory: a numfit checkpoint, any Hugging Face directory that transformers knows, or a name on the hub.
         dtype: of the activations and of what is kept; None or "auto" takes the one in config.json.
         device: where to; None stays on the CPU.
         tokenizer: False returns None in the tokenizer's place.
@@ -53,13 +49,17 @@ def load(
     Raises:
         CheckpointError: the directory is missing, damaged, incomplete, has tensors too many, is of an unknown format
             version, or of an architecture that the installed transformers does not know; or there is no tokenizer.
-        OptionError: an unknown dtype.
+        OptionError: an unknown dtype, or a device that this machine does not have.
         MissingExtraError: transformers is not installed.
     """
-    path = Path(directory)
-    wanted = _dtype(dtype)
-    config = read_model_config(path)
-    check_files(path)
+    wanted, place = _dtype(dtype), _device(device)
+    path = resolve_model(directory)
+    if path.is_file():
+        raise CheckpointError(
+            f"'{path}' is a file, and only directories can be loaded; a GGUF file can be quantized as it is, or "
+            "turned into a directory with numfit convert"
+        )
+    config = open_source(path).config()  # this judges all files by their headers
     transformers = require("transformers", "hf")
     check_architecture(path, config)
     with _quiet(transformers, progress), _as_checkpoint_error(path):
@@ -70,85 +70,25 @@ def load(
     _judge(path, type(model).__name__, account)
     quantized = config.get("quantization_config") or {}
     if quantized.get("quant_method") == "numfit" and getattr(model, "hf_quantizer", None) is None:
-        raise CheckpointError(
-            f"transformers {transformers.__version__} loaded '{path}' without numfit; that model is void"
-        )
-    if device is not None:
-        model = model.to(device)
+        raise CheckpointError(f"transformers {transformers.__version__} loaded '{path}' without numfit; that model is void")
+    if place is not None:
+        model = model.to(place)
     return model, load_tokenizer(path) if tokenizer else None
 
 
 def _judge(path: Path, name: str, account: dict[str, Any]) -> None:
     """Refuse a model that transformers has completed with random numbers."""
     sized = [key for key, _, _ in account["mismatched_keys"]]
-    complaints = (
-        ("lacks", account["missing_keys"]),
-        ("holds", account["unexpected_keys"]),
-        ("has a wrong size of", sized),
-    )
-    for what, names in complaints:
+    for complaint, names in (
+        (f"lacks {{}}, which {name} needs", account["missing_keys"]),
+        (f"holds {{}}, for which {name} has no place", account["unexpected_keys"]),
+        ("has a wrong size of {}", sized),
+    ):
         if names:
-            why = (
-                f", for which {name} has no place"
-                if what == "holds"
-                else f", which {name} needs"
-                if what == "lacks"
-                else ""
-            )
             raise CheckpointError(
-                f"the checkpoint '{path}' {what} {some(sorted(names))}{why}; it is damaged, or its config.json belongs "
-                "to another model"
+                f"the checkpoint '{path}' {complaint.format(some(sorted(names)))}; it is damaged, or its config.json "
+                "belongs to another model"
             )
-
-
-def read_model_config(path: Path) -> dict[str, Any]:
-    """The directory's config.json.
-
-    Raises:
-        CheckpointError: no such directory, no config.json, or one that is not a JSON object.
-    """
-    if not path.is_dir():
-        what = "is a file, not a directory" if path.exists() else "does not exist"
-        raise CheckpointError(f"'{path}' {what}; give the directory of a numfit checkpoint or of a Hugging Face model")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"'{path}' has no config.json, so it is not a model's directory") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path / 'config.json'}' cannot be read ({error}); copy it again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"'{path / 'config.json'}' is not a JSON object; copy it again")
-    return config
-
-
-def check_files(path: Path) -> None:
-    """Judge the weight files by their headers: there, whole, and as the index says. Reads no weights.
-
-    Raises:
-        CheckpointError: names the file and what is wrong.
-    """
-    index_file = path / "model.safetensors.index.json"
-    if index_file.is_file():
-        try:
-            weight_map = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"'{index_file}' cannot be read ({error}); copy it again") from None
-        headers = {file: read_header(path / file).keys() for file in sorted(set(weight_map.values()))}
-        lost = sorted(name for name, file in weight_map.items() if name not in headers[file])
-        if lost:
-            raise CheckpointError(
-                f"'{index_file}' looks for {some(lost)} in '{weight_map[lost[0]]}', which does not have it; the index "
-                "and the files are of different origin, copy them again"
-            )
-        extra = sorted({name for names in headers.values() for name in names} - weight_map.keys())
-        if extra:
-            raise CheckpointError(
-                f"'{index_file}' does not list {some(extra)}, which the files hold; copy the index again"
-            )
-    elif (path / "model.safetensors").is_file():
-        read_header(path / "model.safetensors")
-    elif not any(path.glob("pytorch_model*.bin")):
-        raise CheckpointError(f"'{path}' has no model.safetensors and no model.safetensors.index.json; copy it again")
 
 
 def check_architecture(path: Path, config: dict[str, Any]) -> None:
@@ -170,8 +110,8 @@ def check_architecture(path: Path, config: dict[str, Any]) -> None:
         )
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
-            f"'{path}' is a model of type '{kind}', which is not a causal language model in transformers {__version__}, "
-            "so it can be quantized and inspected but not run or evaluated"
+            f"'{path}' is a model of type '{kind}', which is not a causal language model in transformers "
+            f"{__version__}, so it can be quantized and inspected but not run or evaluated"
         )
 
 
@@ -202,6 +142,17 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise OptionError(f"unknown dtype '{dtype}'; choose one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for the device
+        raise OptionError(f"cannot use the device '{device}': {_first_line(error)}") from None
+    return place
 
 
 def _first_line(error: BaseException) -> str:

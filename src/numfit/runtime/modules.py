@@ -2,7 +2,8 @@
 
 A module is not replaced but converted in place: its class becomes a subclass of itself, its parameter a
 `PackedParameter` with the planes in buffers named as in the file (`weight_codes`, `weight_scale`, …). So bias, hooks,
-attributes and the forward of odd subclasses (Gemma's scaled embedding) survive, and no architecture needs a file of its own:
+attributes and the forward of odd subclasses (Gemma's scaled embedding) survive, and no architecture needs a file of its
+own:
 
 - `QuantLinear` and `QuantEmbedding` replace the computation itself by that of `kernels`;
 - `QuantExperts` is any other module that owns packed parameters, foremost fused experts [E, N, K]: its own forward runs
@@ -13,7 +14,8 @@ Planes keep their stored type through `.to(dtype)`, `.half()` and the like; what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -26,12 +28,23 @@ from numfit.formats import QuantizedTensor
 from numfit.kernels import embedding, linear
 from numfit.runtime.packed import LazyWeight, PackedParameter
 
+ANCHOR = "dtype_and_device"  # see `drop_anchor`
+
 
 class QuantModule(nn.Module):
     """A module with packed parameters: `_packed` maps each one's name to it."""
 
     _packed: dict[str, PackedParameter]
+    _packed_buffers: frozenset[str]  # those of them that were buffers
     _unpacked_class: type[nn.Module]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with _without_anchor(self):
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with _without_anchor(self):
+            super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         mine = [packed for packed in self._packed.values() if packed.home is self]
@@ -53,6 +66,16 @@ class QuantModule(nn.Module):
         return ", ".join(line for line in lines if line)
 
 
+@contextmanager
+def _without_anchor(module: nn.Module) -> Iterator[None]:
+    anchor = module._parameters.pop(ANCHOR, None)
+    try:
+        yield
+    finally:
+        if anchor is not None:
+            module._parameters[ANCHOR] = anchor
+
+
 def _lazy(name: str) -> property:
     return property(lambda self: LazyWeight(self._packed[name]), doc=f"`{name}`, decoded when computed with")
 
@@ -69,9 +92,7 @@ class QuantLinear(QuantModule, nn.Linear):
         parts = [packed.piece(index) for index in range(len(packed.pieces))]
         if len(parts) == 1 and isinstance(parts[0], QuantizedTensor):
             return linear(input, parts[0], self.bias)
-        outs = [
-            linear(input, p) if isinstance(p, QuantizedTensor) else F.linear(input, p.to(input.dtype)) for p in parts
-        ]
+        outs = [linear(input, p) if isinstance(p, QuantizedTensor) else F.linear(input, p.to(input.dtype)) for p in parts]
         out = torch.cat(outs, -1)
         return out if self.bias is None else out + self.bias
 
@@ -93,7 +114,7 @@ class QuantExperts(QuantModule):
     """Any other module with packed parameters; see the module's docstring."""
 
 
-@cache  # type: ignore[arg-type]
+@cache
 def _packed_class(base: type[nn.Module], names: frozenset[str]) -> type[QuantModule]:
     """The subclass of `base` in which `names` are packed. Calls to super() in `base` end up in our forward."""
     if names == {"weight"} and base is nn.Linear:
@@ -110,7 +131,7 @@ def _packed_class(base: type[nn.Module], names: frozenset[str]) -> type[QuantMod
 
 
 def attach(module: nn.Module, name: str, packed: PackedParameter) -> None:
-    """Turn the parameter `name` of `module` into `packed`, converting the module's class in place.
+    """Turn the parameter or persistent buffer `name` of `module` into `packed`, converting the class in place.
 
     If `module` is the packed parameter's home, its planes become buffers on the meta device, to be filled later. They
     are non-persistent until then, so that no other loader feels called upon to find or initialise them.
@@ -125,13 +146,26 @@ def attach(module: nn.Module, name: str, packed: PackedParameter) -> None:
         )
     base = module._unpacked_class if isinstance(module, QuantModule) else type(module)
     parameters = {**(module._packed if isinstance(module, QuantModule) else {}), name: packed}
-    del module._parameters[name]
-    module.__class__ = _packed_class(base, frozenset(parameters))
-    module.__dict__.update(_packed=parameters, _unpacked_class=base)
+    were_buffers = getattr(module, "_packed_buffers", frozenset()) | ({name} & module._buffers.keys())
+    delattr(module, name)
+    module.__class__ = _packed_class(base, frozenset(parameters))  # type: ignore[arg-type]  # mypy: a class has no hash
+    module.__dict__.update(_packed=parameters, _packed_buffers=were_buffers, _unpacked_class=base)
     if packed.home is module:
         for piece in packed.pieces:
             for buffer, (dtype, shape) in piece.buffers(packed.dtype).items():
                 module.register_buffer(buffer, torch.empty(shape, dtype=dtype, device="meta"), persistent=False)
+
+
+def drop_anchor(model: nn.Module) -> None:
+    """Give a model without any parameter left an empty one: transformers asks the first for its dtype and device.
+
+    That happens where norms have no weights (OLMo). The anchor is not part of the state dict.
+    """
+    packed = packed_modules(model)
+    if packed and not any(p.is_floating_point() for p in model.parameters()):
+        first = next(iter(packed[0][1]._packed.values()))
+        anchor = nn.Parameter(torch.empty(0, dtype=first.dtype, device=first.device), requires_grad=False)
+        first.home.register_parameter(ANCHOR, anchor)
 
 
 def packed_modules(model: nn.Module) -> list[tuple[str, QuantModule]]:
@@ -146,19 +180,23 @@ def decode_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     """
     done: dict[int, nn.Parameter] = {}
     for _, module in packed_modules(model):
+        module._parameters.pop(ANCHOR, None)
         for packed in module._packed.values():
             if id(packed) not in done:
                 done[id(packed)] = nn.Parameter(packed.decode(dtype).contiguous(), requires_grad=False)
     for _, module in packed_modules(model):
-        packed_parameters = module._packed
+        packed_parameters, were_buffers = module._packed, module._packed_buffers
         module.__class__ = module._unpacked_class  # type: ignore[assignment]
-        del module._packed, module._unpacked_class
+        del module._packed, module._packed_buffers, module._unpacked_class
         for name, packed in packed_parameters.items():
             if packed.home is module:
                 for piece in packed.pieces:
                     for buffer in piece.buffers(packed.dtype):
                         delattr(module, buffer)
-            module.register_parameter(name, done[id(packed)])
+            if name in were_buffers:
+                module.register_buffer(name, done[id(packed)].data)
+            else:
+                module.register_parameter(name, done[id(packed)])
     for part in model.modules():
         for attribute, ties in part.__dict__.pop("_hidden_ties", {}).items():
             setattr(part, attribute, ties)

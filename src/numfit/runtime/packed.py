@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from numfit.errors import OptionError
 from numfit.formats import Format, QuantizedTensor
 
 
@@ -154,7 +155,10 @@ class LazyWeight(Tensor):
         if func is torch.ops.aten.detach.default:
             return args[0]
         if func._schema.is_mutable and isinstance(args[0], LazyWeight):
-            raise TypeError("a packed weight cannot be written to; decode the model first (model.dequantize())")
+            raise OptionError(
+                f"'{args[0].packed.pieces[0].source}' is packed and cannot be written to, as this model or program "
+                "tries; decode the weights first, with numfit.runtime.decode_model(model) or --decode-once"
+            )
         if func is torch.ops.aten.select.int and args[1] == 0:
             return args[0].packed.decode_at(args[2])
         args, kwargs = tree_map_only(LazyWeight, lambda lazy: lazy.packed.decode(), (args, kwargs or {}))

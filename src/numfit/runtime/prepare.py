@@ -24,37 +24,8 @@ from numfit.checkpoint.safetensors_file import DTYPE_NAMES, TensorInfo, read_hea
 from numfit.errors import CheckpointError, FormatError, OptionError
 from numfit.formats import Format, QuantizedTensor
 from numfit.runtime.index import Target, map_tensors, some
-from numfit.runtime.modules import attach, packed_modules
+from numfit.runtime.modules import attach, drop_anchor, packed_modules
 from numfit.runtime.packed import PackedParameter, Piece
-
-FORMAT_VERSION = 1  # of the checkpoint, as in its config.json
-
-
-def read_config(quantization: Mapping[str, Any]) -> dict[str, Format]:
-    """Tensor name → format, from the `quantization_config` of a config.json.
-
-    Raises:
-        CheckpointError: an unknown version, or a damaged description.
-    """
-    version = quantization.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint's quantization_config has format_version {version!r}, and this numfit reads "
-            f"{FORMAT_VERSION}; install a newer numfit, or quantize the model again with this one"
-        )
-    formats, tensors = quantization.get("formats"), quantization.get("tensors")
-    if not isinstance(formats, Mapping) or not isinstance(tensors, Mapping):
-        raise CheckpointError(
-            "the quantization_config in config.json lacks 'formats' or 'tensors'; copy the file again"
-        )
-    try:
-        parsed = {name: Format.from_json(description) for name, description in formats.items()}
-    except FormatError as error:
-        raise CheckpointError(f"config.json describes a format that this numfit cannot read: {error}") from None
-    unknown = sorted({str(name) for name in tensors.values()} - parsed.keys())
-    if unknown:
-        raise CheckpointError(f"config.json uses the format {some(unknown)} without describing it; copy the file again")
-    return {tensor: parsed[name] for tensor, name in tensors.items()}
 
 
 @dataclass
@@ -84,9 +55,7 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, tuple[Path, TensorInf
     for file in map(Path, files):
         for name, info in read_header(file).items():
             if name in out:
-                raise CheckpointError(
-                    f"'{name}' is in '{out[name][1].file}' and in '{file.name}'; remove one of the files"
-                )
+                raise CheckpointError(f"'{name}' is in '{out[name][1].file}' and in '{file.name}'; remove one of the files")
             out[name] = (file.parent, info)
     return out
 
@@ -108,14 +77,16 @@ def _prepare(model: Any, plan: Plan) -> Plan:
     leads = {name: info.shape[:-1] for name, (_, info) in plan.files.items() if name not in planes}
     for name in formats:
         if f"{name}_codes" not in plan.files:
-            raise CheckpointError(
-                f"the checkpoint has no '{name}_codes', which its config.json promises; copy it again"
-            )
+            raise CheckpointError(f"the checkpoint has no '{name}_codes', which its config.json promises; copy it again")
         if name in leads:
             raise CheckpointError(f"the checkpoint has '{name}' both packed and plain; quantize the model again")
         leads[name] = plan.files[f"{name}_codes"][1].shape[:-1]
 
     index = map_tensors(model, leads, frozenset(formats))
+    expected = model.state_dict()
+    for place, source in index.kept.items():  # not every transformers checks this when there is a quantizer
+        if source is not None and plan.files[source][1].shape != (shape := tuple(expected[place].shape)):
+            raise _misfit(source, plan.files[source][1], f"'{place}' of the model", shape)
     parameters: dict[str, PackedParameter] = {}
     for target in index.targets:
         parameters[target.name] = _place(model, target, plan, leads)
@@ -141,7 +112,7 @@ def _place(model: nn.Module, target: Target, plan: Plan, leads: Mapping[str, tup
         whole = run.rows is None
         prefix = name if len(target.runs) == 1 else f"{name}_{len(pieces)}"
         pieces.append(Piece(run.source, fmt, shape if whole else (run.count, target.row), prefix, whole))
-    dtype = module.get_parameter(name).dtype
+    dtype = getattr(module, name).dtype
     packed = PackedParameter(module, target.shape, tuple(pieces), dtype, target.transposed)
     attach(module, name, packed)
     for number, run in enumerate(target.runs):
@@ -170,7 +141,7 @@ def _misfit(name: str, info: TensorInfo, what: str, shape: tuple[int, ...], dtyp
     )
 
 
-def _tie(model: Any, parameters: dict[str, PackedParameter], kept: frozenset[str]) -> None:
+def _tie(model: Any, parameters: dict[str, PackedParameter], kept: Mapping[str, str | None]) -> None:
     """Let tied parameters share planes, and take the pairs that are settled so out of transformers' hands.
 
     As transformers does: of a pair, either name may be the one that the file has; if it has both, they are not tied.
@@ -218,9 +189,7 @@ def watch(model: Any, plan: Plan) -> None:
     def judge(info: Any) -> None:
         original(info)
         plan.watched = True
-        mismatched = [
-            f"'{name}' is {tuple(have)} instead of {tuple(want)}" for name, have, want in info.mismatched_keys
-        ]
+        mismatched = [f"'{name}' is {tuple(have)} instead of {tuple(want)}" for name, have, want in info.mismatched_keys]
         missing, failed = sorted(info.missing_keys), dict(info.conversion_errors)
         for account in (info.missing_keys, info.unexpected_keys, info.mismatched_keys, info.conversion_errors):
             account.clear()  # nothing is left to report: what is wrong is raised here
@@ -279,6 +248,7 @@ def fill(model: nn.Module, plan: Plan) -> None:
                 values = list(QuantizedTensor(fmt, flat, planes).select(rows).planes.values())
             for buffer, value in zip(piece.buffers(packed.dtype), values, strict=True):
                 _fill_buffer(packed.home, buffer, value, source)
+    drop_anchor(model)
     model.requires_grad_(False)  # autograd would keep every decoded weight for a backward pass that cannot come
     plan.files.clear()
     plan.uses.clear()
@@ -298,8 +268,7 @@ def _fill_buffer(home: nn.Module, name: str, value: Tensor, source: str) -> None
     buffer = home.get_buffer(name)
     if buffer.device.type == "meta":
         raise OptionError(
-            f"'{source}' was to be offloaded to disk, which packed weights do not support; give a device_map "
-            "with more room"
+            f"'{source}' was to be offloaded to disk, which packed weights do not support; give a device_map with more room"
         )
     with torch.no_grad():
         buffer.copy_(value)
