@@ -7,6 +7,7 @@ description of the file and not against numfit's own packing.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from itertools import pairwise
 
@@ -450,3 +451,27 @@ def test_from_planes_refuses_a_shape_the_format_cannot_have() -> None:
         QuantizedTensor.from_planes(q.format, (4, 32), q.planes)
     with pytest.raises(CheckpointError, match="codes"):
         QuantizedTensor.from_planes(q.format, (4, 192), q.planes)
+
+
+@pytest.mark.parametrize("name", ["int4", "mant4", "fp4.25", "uint4", "razer4", "fp5.33-g64"])
+def test_strided_arguments(name: str) -> None:
+    fmt = format(name)
+    w = torch.randn(6, 192, generator=torch.Generator().manual_seed(2))
+    codes, params = quantize_tensor(w, fmt, scale_rule="absmax").params()
+    assert torch.equal(encode(fmt, w.t().contiguous().t(), params), codes)
+    assert torch.equal(decode(fmt, codes.t().contiguous().t(), params), decode(fmt, codes, params))
+
+
+@pytest.mark.filterwarnings("error:torch.compile cannot build")
+@pytest.mark.parametrize("name", ["mant4", "fp4.25"])
+def test_fused_codes_are_equal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled chain of comparisons that large tensors use gives the codes of the eager one."""
+    module = importlib.import_module("numfit.formats.codec")
+    fmt, w = format(name), torch.randn(5, 256, generator=torch.Generator().manual_seed(2))
+    params = quantize_tensor(w, fmt, scale_rule="absmax").params()[1]
+    eager = encode(fmt, w, params)
+    used = []
+    fused = module.try_fused
+    monkeypatch.setattr(module, "FUSE_FROM", 0)
+    monkeypatch.setattr(module, "try_fused", lambda *args: used.append(args[0]) or fused(*args))
+    assert torch.equal(encode(fmt, w, params), eager) and used

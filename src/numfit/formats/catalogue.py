@@ -35,7 +35,7 @@ from numfit.formats.grid import (
     unsigned,
 )
 from numfit.formats.grid import NF4 as NF4_LEVELS
-from numfit.formats.scale import Scale
+from numfit.formats.scale import STORES, Scale
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,13 @@ def register(
     """
     if not re.fullmatch(r"[a-z][a-z0-9.-]*", name) or re.search(r"-(g\d+|row|tensor)$", name):
         raise FormatError(f"'{name}' cannot name a type: use lower-case letters, digits, dots and dashes, and no block suffix")
-    if name in _BASES:
+    if find(name):
         raise FormatError(f"the type '{name}' is registered already")
     base = _base(name, grids, about, block=block, store=store, closed=closed, scale=scale, **parts)
-    Format(name, block=block, scale=Scale(store, _default_parent(store)), **base.parts)
-    _BASES[name] = base
-
-
-def _default_parent(store: str) -> str | None:
-    from numfit.formats.scale import STORES
-
     if store not in STORES:
         raise FormatError(f"scales are stored as one of {', '.join(STORES)}, not '{store}'")
-    return STORES[store].parent
+    Format(name, block=block, scale=Scale(store, STORES[store].parent), **base.parts)  # refuses impossible parts now
+    _BASES[name] = base
 
 
 def _base(name: str, grids: Sequence[Grid] | Grid, about: str = "", *, block: int | str = 128, store: str = "fp16",

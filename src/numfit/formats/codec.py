@@ -27,8 +27,8 @@ def _spread(operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, values: Te
     runs = values.shape[-1]
     if runs == 1:
         return operation(x, values)
-    if runs * run == x.shape[-1]:  # a view broadcasts without writing the values out
-        return operation(x.view(len(x), runs, run), values.unsqueeze(-1)).view(x.shape)
+    if runs * run == x.shape[-1]:  # broadcasting spares writing the values out
+        return operation(x.reshape(len(x), runs, run), values.unsqueeze(-1)).view(x.shape)
     return operation(x, values.repeat_interleave(run, 1)[:, : x.shape[1]])
 
 
@@ -50,7 +50,7 @@ def _member_per_weight(fmt: Format, member: Tensor, row: int) -> Tensor:
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
     """table.flatten()[index]; `index_select` is four times faster than indexing on a CPU."""
-    return torch.index_select(table.view(-1), 0, index.int().view(-1)).view(index.shape)
+    return torch.index_select(table.view(-1), 0, index.int().reshape(-1)).view(index.shape)
 
 
 def _slice(values: Tensor, s: slice) -> Tensor:
@@ -104,7 +104,7 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
     # comparisons are exact, so fused and eager codes are equal; GPU kernels are launched fast enough unfused
     fuse = w.numel() * t.codes.shape[1] >= FUSE_FROM and t.codes.shape[1] <= CHAIN_MAX and w.device.type == "cpu"
     for s in row_chunks(rows, k, _CHUNK):
-        u = _spread(torch.div, w[s].float().contiguous(), _slice(effective, s), g.block)
+        u = _spread(torch.div, w[s].float(), _slice(effective, s), g.block)
         if params.zero is not None:
             u = _spread(torch.add, u, _slice(params.zero, s), g.block)
         if params.member is None or params.member.numel() == 1:

@@ -325,8 +325,6 @@ class _Fitter:
 
 def _fit_one_member(fitter: _Fitter, w: Tensor, tensor_parent: Tensor | None) -> Params:
     """One member for the tensor (ANT): the least sum, over all blocks, of the member's best errors."""
-    if fitter.fmt.scale.parent == "row":
-        raise FormatError(f"{fitter.fmt.name}: a member per tensor cannot use scales under a row's parent; use @fp16 or @e4m3")
     m_count = fitter.fmt.member_count
     total = torch.zeros(m_count, dtype=torch.float64, device=w.device)
     kept = []

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from numfit.errors import FormatError
-from numfit.formats.grid import Grid
+from numfit.formats.grid import Grid, ranked
 from numfit.formats.packing import packed_bytes
-from numfit.formats.scale import STORES, Scale, word_dtype
+from numfit.formats.scale import SEARCHES, STORES, Scale, word_dtype
 
 JSON_VERSION = 1
 
@@ -241,11 +241,20 @@ def _problem(f: Format) -> str | None:
     wrong = [g.name for g in f.members if len(g.levels) != 1 << f.bits]
     if wrong:
         return f"members {', '.join(wrong)} do not have 2**{f.bits} levels"
+    mute = [g.name for g in f.members if not ranked(g)]
+    if mute:
+        return f"member {mute[0]} has no level that an encoder may emit"
     if f.scale.store not in STORES:
         return f"scales are stored as one of {', '.join(STORES)}, not '{f.scale.store}'"
     for what, value, words in (("block", f.block, ("row", "tensor")), ("unit", f.unit, ("block", "tensor"))):
         if value not in words and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             return f"a {what} is a positive count or one of {', '.join(words)}, not {value!r}"
+    if not (isinstance(f.scale.cap, float | int) and 0 < f.scale.cap < math.inf):
+        return f"the cap of scales is a positive number, not {f.scale.cap!r}"
+    if not f.scale.tries or not all(0 < t < math.inf for t in f.scale.tries):
+        return f"the multiples tried by absmax are positive numbers, not {f.scale.tries!r}"
+    if f.scale.search not in SEARCHES:
+        return f"the search is one of {', '.join(SEARCHES)}, not {f.scale.search!r}"
     if f.palette and not 1 <= f.palette <= len(f.members) <= 256:
         return f"a palette of {f.palette} cannot be chosen from {len(f.members)} candidates"
     if isinstance(f.unit, int) and isinstance(f.block, int) and f.unit > f.block:
@@ -258,6 +267,8 @@ def _problem(f: Format) -> str | None:
         return f"@{f.scale.store} scales have {'no' if f.scale.parent else 'a'} parent"
     if f.block == "tensor" and (f.scale.parent or f.unit == "block" and f.member_count > 1):
         return "one scale for the tensor needs neither a parent scale nor a member per block"
+    if f.unit == "tensor" and f.member_count > 1 and f.scale.parent == "row":
+        return f"a member per tensor cannot use @{f.scale.store} scales, which hang under one fp16 per row; use @fp16 or @e4m3"
     if f.rounding not in ("down", "even", "log"):
         return f"rounding is down, even or log, not {f.rounding!r}"
     if f.member_home not in ("plane", "scale"):
@@ -266,4 +277,6 @@ def _problem(f: Format) -> str | None:
         return f"@{f.scale.store} scales have no room for a {f.member_bits}-bit member index per unit {f.unit!r}"
     if f.zero and len(f.members) > 1:
         return "a zero point and a family of several members exclude each other"
+    if f.zero and f.members[0].levels != tuple(float(i) for i in range(1 << f.bits)):
+        return f"a zero point needs the levels 0 … {(1 << f.bits) - 1}, in code order"
     return None

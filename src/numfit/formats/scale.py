@@ -36,6 +36,7 @@ STORES = {
     "u8": Store(8, "row", 255.0, 0),
     "e3m3": Store(6, "row", 30.0, 2),
 }
+SEARCHES = ("grid", "nv", "pot", "e8m0")
 
 
 @dataclass(frozen=True)

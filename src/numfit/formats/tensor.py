@@ -67,38 +67,48 @@ class QuantizedTensor:
 
     def select(self, index: Tensor | int | slice) -> QuantizedTensor:
         """Entries of the first axis: rows of an embedding [N, K], or an expert of [E, N, K]. Planes without rows are shared."""
-        rows = self.shape[0] if len(self.shape) > 1 else None
-        if rows is None:
+        if len(self.shape) < 2:
             raise FormatError("a quantized vector has no rows to select")
-        shared = {n for n, p in self.format.planes(self.shape).items() if p.shape[:1] != (rows,) or _is_shared(self.format, n)}
-        planes = {n: p if n in shared else p[index] for n, p in self.planes.items()}
-        return QuantizedTensor(self.format, tuple(planes["codes"].shape[:-1]) + self.shape[-1:], planes)
+        planes = {n: p if _is_shared(self.format, n) else p[index] for n, p in self.planes.items()}
+        shape = (*planes["codes"].shape[:-1], self.shape[-1])
+        specs = self.format.planes(shape)
+        return QuantizedTensor(self.format, shape, {n: _plain(p, specs[n].shape) for n, p in planes.items()})
 
     def params(self) -> tuple[Tensor, Params]:
         """Unpack: (codes uint8 [R, K], parameters)."""
         fmt, k = self.format, self.shape[-1]
         g = fmt.geometry(k)
         rows = math.prod(self.shape[:-1])
-        p = self.planes
-        codes = unpack_bits(p["codes"].reshape(rows, p["codes"].shape[-1]), fmt.bits, k)
-        word = p["scale"]
-        if fmt.block == "tensor":
-            word = word.view(1, 1)
-        elif STORES[fmt.scale.store].bits == 6 and not fmt.spare:
-            word = unpack_bits(word.reshape(rows, word.shape[-1]), 6, g.blocks)
-        else:
-            word = word.reshape(rows, g.blocks)
+
+        def plane(name: str) -> Tensor | None:
+            """The plane as [rows, width], or [1, 1] where the tensor has one value."""
+            value = self.planes.get(name)
+            if value is None:
+                return None
+            if name == "palette":
+                return value
+            if _is_shared(fmt, name):
+                return value.view(1, 1)
+            return value.reshape(rows, 1 if name == "parent" else value.shape[-1])
+
+        def unpacked(name: str, bits: int, count: int) -> Tensor | None:
+            value = plane(name)
+            return value if value is None or _is_shared(fmt, name) else unpack_bits(value, bits, count)
+
+        codes = unpacked("codes", fmt.bits, k)
+        word = unpacked("scale", 6, g.blocks) if _six_bits(fmt) else plane("scale")
+        assert codes is not None and word is not None
         scale, member = from_word(fmt.scale, word, fmt.spare)
-        if "member" in p:
-            one = fmt.unit == "tensor"
-            member = p["member"].view(1, 1) if one else unpack_bits(p["member"].reshape(rows, -1), fmt.member_bits, g.units)
-        zero = None
-        if "zero" in p:
-            one = fmt.block == "tensor"
-            zero = (p["zero"].view(1, 1) if one else unpack_bits(p["zero"].reshape(rows, -1), fmt.bits, g.blocks)).float()
-        parent = p["parent"].float().view(-1, 1) if "parent" in p else None
-        palette = p["palette"].long() if "palette" in p else None
-        return codes, Params(scale, parent, member, zero, palette)
+        if "member" in self.planes:
+            member = unpacked("member", fmt.member_bits, g.units)
+        zero, parent, palette = unpacked("zero", fmt.bits, g.blocks), plane("parent"), plane("palette")
+        return codes, Params(
+            scale,
+            None if parent is None else parent.float(),
+            member,
+            None if zero is None else zero.float(),
+            None if palette is None else palette.long(),
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, computed in fp32 and rounded once to `dtype`; shape `self.shape`."""
@@ -110,7 +120,13 @@ class QuantizedTensor:
         return f"QuantizedTensor({self.format.name}, shape={tuple(self.shape)}, {bits:.4g} bits per weight)"
 
 
+def _six_bits(fmt: Format) -> bool:
+    """Whether scales lie as a stream of 6-bit words."""
+    return STORES[fmt.scale.store].bits == 6 and not fmt.spare and fmt.block != "tensor"
+
+
 def _is_shared(fmt: Format, plane: str) -> bool:
+    """Whether a plane belongs to the tensor as a whole."""
     return (
         plane == "palette"
         or plane == "parent" and fmt.scale.parent == "tensor"
@@ -119,13 +135,17 @@ def _is_shared(fmt: Format, plane: str) -> bool:
     )
 
 
+def _plain(plane: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A copy with standard strides and storage of its own: what a file format may rely on, and no more memory than it shows."""
+    return torch.empty(shape, dtype=plane.dtype, device=plane.device).copy_(plane.reshape(shape))
+
+
 def pack(fmt: Format, shape: tuple[int, ...], codes: Tensor, params: Params) -> QuantizedTensor:
     """Lay codes [R, K] and parameters out as planes."""
     specs = fmt.planes(shape)
     planes = {"codes": pack_bits(codes, fmt.bits)}
     word = to_word(fmt.scale, params.scale, params.member, fmt.spare)
-    packed_scale = STORES[fmt.scale.store].bits == 6 and not fmt.spare and fmt.block != "tensor"
-    planes["scale"] = pack_bits(word, 6) if packed_scale else word
+    planes["scale"] = pack_bits(word, 6) if _six_bits(fmt) else word
     if "member" in specs:
         assert params.member is not None
         planes["member"] = params.member if fmt.unit == "tensor" else pack_bits(params.member, fmt.member_bits)
@@ -138,7 +158,7 @@ def pack(fmt: Format, shape: tuple[int, ...], codes: Tensor, params: Params) -> 
     if "palette" in specs:
         assert params.palette is not None
         planes["palette"] = params.palette.to(torch.uint8)
-    return QuantizedTensor(fmt, tuple(shape), {n: planes[n].reshape(specs[n].shape).contiguous() for n in specs})
+    return QuantizedTensor(fmt, tuple(shape), {n: _plain(planes[n], specs[n].shape) for n in specs})
 
 
 def quantize_tensor(

@@ -32,8 +32,7 @@ def already_there(out: Path, identity: dict[str, Any]) -> bool:
     difference = describe_difference({key: manifest.get(key) for key in identity}, identity)
     if difference:
         raise OptionError(
-            f"'{out}' is a numfit checkpoint made with another setting: {difference}; "
-            "choose another output or remove it"
+            f"'{out}' is a numfit checkpoint made with another setting: {difference}; choose another output or remove it"
         )
     broken = [
         file for file, entry in manifest["files"].items()
@@ -41,8 +40,7 @@ def already_there(out: Path, identity: dict[str, Any]) -> bool:
     ]  # fmt: skip
     if broken:
         raise OptionError(
-            f"'{out}' is this checkpoint, but its file '{broken[0]}' is missing or cut off; "
-            "remove the directory and run again"
+            f"'{out}' is this checkpoint, but its file '{broken[0]}' is missing or cut off; remove the directory and run again"
         )
     return True
 
@@ -59,9 +57,7 @@ def finish(source: Source, plan: Plan, identity: dict[str, Any], stage: Path, re
         "formats": identity["formats"],
         "tensors": {tensor.name: tensor.format.name for tensor in plan.quantized if tensor.format},
     }
-    (stage / "config.json").write_bytes(
-        canonical_json({**plan.config, "quantization_config": quantization}, sort=False)
-    )
+    (stage / "config.json").write_bytes(canonical_json({**plan.config, "quantization_config": quantization}, sort=False))
     if len(plan.shards) > 1:
         (stage / INDEX_FILE).write_bytes(canonical_json(index_json(plan.shards), sort=False))
     files = {

@@ -35,9 +35,7 @@ def checked_config(source: Source) -> tuple[dict[str, Any], list[str]]:
         )
     if quantization is None:
         return config, []
-    return config, [
-        f"config.json names {method}, but the weights are plain numbers; that quantization_config is left out"
-    ]
+    return config, [f"config.json names {method}, but the weights are plain numbers; that quantization_config is left out"]
 
 
 def untie(source: Source, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:

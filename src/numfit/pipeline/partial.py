@@ -118,10 +118,7 @@ def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str | No
 
 def _words(value: object) -> str:
     if isinstance(value, list):
-        return (
-            ", ".join("=".join(map(str, item)) if isinstance(item, list) else str(item) for item in value)
-            or "not given"
-        )
+        return ", ".join("=".join(map(str, item)) if isinstance(item, list) else str(item) for item in value) or "not given"
     return "not given" if value is None else str(value)
 
 

@@ -224,9 +224,7 @@ def make_plan(
         info = source.info(name)
         judged = role(info)
         if name in dropped:
-            tensors.append(
-                PlannedTensor(name, info.dtype, info.shape, judged.kind, None, dropped[name], info.nbytes, 0, True)
-            )
+            tensors.append(PlannedTensor(name, info.dtype, info.shape, judged.kind, None, dropped[name], info.nbytes, 0, True))
             continue
         fmt, why = _choose(judged, rule_can_apply(info), name, main, table, parsed, skips)
         if fmt is not None:
@@ -236,9 +234,7 @@ def make_plan(
     if not any(tensor.format for tensor in tensors):
         raise OptionError("nothing is left to quantize: every tensor is kept; see numfit plan for the reasons")
     if isinstance(source, DirectorySource) and not source.has_tokenizer:
-        warnings.append(
-            "the source has no tokenizer; the result can be inspected and converted, but eval and run need one"
-        )
+        warnings.append("the source has no tokenizer; the result can be inspected and converted, but eval and run need one")
     recipe = {
         "format": main.name,
         "embedding": table.name if table else KEEP,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -24,10 +25,10 @@ class Progress:
     def __init__(self, title: str, total: int, done: int = 0, shown: bool = True) -> None:
         self.title, self.total, self.done, self.first = title, total, done, done
         self.started = self.spoke = time.monotonic()
-        self.plain = shown and not sys.stderr.isatty()
+        self.plain = shown and not _has_width()
         self.bar: Any = None
         if shown and not self.plain:
-            layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {rate_fmt} left {remaining} {postfix}"
+            layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {rate_fmt} left {remaining}{postfix}"
             self.bar = tqdm(
                 total=total, initial=done, desc=title, unit="B", unit_scale=True, bar_format=layout, dynamic_ncols=True
             )
@@ -35,9 +36,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -62,3 +61,8 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _has_width() -> bool:
+    """Whether standard error is a terminal that a bar fits on; some pseudo-terminals say that they have no columns."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0

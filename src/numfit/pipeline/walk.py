@@ -240,9 +240,7 @@ def _write_tensor(
     if tensor.format is None:
         return Record(tensor.name, sha256, None)
     planes = {plane: again[plane_name(tensor.name, plane)] for plane in tensor.format.planes(tensor.shape)}
-    lost = relative_error(
-        weight, QuantizedTensor.from_planes(tensor.format, tensor.shape, planes, name=f"'{tensor.name}'")
-    )
+    lost = relative_error(weight, QuantizedTensor.from_planes(tensor.format, tensor.shape, planes, name=f"'{tensor.name}'"))
     if not lost < 1:
         raise FormatError(
             f"tensor '{tensor.name}' as {tensor.format.name} would keep nothing of the weights (relative squared error "
