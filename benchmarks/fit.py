@@ -76,7 +76,8 @@ def main() -> None:
         ratios = [statistics.median(t[i] / t[0] for t in times) for i in (1, 2)]
         rows.append({"format": name, "rule": rule, "bar": bar, "fit_ratio": ratios[0], "all_ratio": ratios[1],
                      "peer_s": base, "fit_s": fitted, "all_s": everything})  # fmt: skip
-        print(f"{name:18} {rule:7} {ratios[0]:8.2f} {ratios[1]:8.2f} {bar or '':>5}   {base:.3f}, {fitted:.3f}, {everything:.3f}")
+        seconds = ", ".join(f"{t:.3f}" for t in (base, fitted, everything))
+        print(f"{name:18} {rule:7} {ratios[0]:8.2f} {ratios[1]:8.2f} {bar or '':>5}   {seconds}")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"size": args.size, "device": args.device, "threads": torch.get_num_threads(), "peer": peer_name,

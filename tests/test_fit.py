@@ -289,6 +289,22 @@ def test_asymmetric_integers(name: str, bits: int, block: int | str, rule: str, 
 
 
 @pytest.mark.parametrize("rule", ["absmax", "mse"])
+@pytest.mark.parametrize("base", ["int4", "uint4", "uint2", "e4m3", "iq4nl", "pot3", "mant4", "fp4.25", "bitmod4", "ant4"])
+def test_every_scale_storage_is_near_fp16(base: str, rule: str) -> None:
+    """Shorter scales cost what their steps cost, and no storage clips what another holds."""
+    w = torch.randn(16, 256, generator=torch.Generator().manual_seed(12)) * 0.02
+    stores = {"bf16": 1.1, "e4m3": 1.2, "e8m0": 6.0}  # floor clips up to half a binade and more
+    if base != "ant4":
+        stores |= {"u8": 1.1, "e3m3": 1.2}
+    error = {
+        store: float((quantize_tensor(w, f"{base}-g32@{store}", scale_rule=rule).dequantize() - w).square().sum())
+        for store in ("fp16", *stores)
+    }
+    for store, factor in stores.items():
+        assert error[store] <= factor * error["fp16"], store
+
+
+@pytest.mark.parametrize("rule", ["absmax", "mse"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_one_member_per_tensor(rule: str, weighted: bool) -> None:
     w = heavy(5, 48, 2)

@@ -33,7 +33,7 @@ from numfit.checkpoint.unpack import convert_packed
 from numfit.cli.main import main
 from numfit.errors import OptionError
 from numfit.pipeline import Plan, partial, quantize
-from numfit.pipeline.plan import make_plan
+from numfit.pipeline.planning import make_plan
 from numfit.pipeline.roles import role
 
 FAST: dict[str, Any] = {"scale_rule": "absmax", "threads": 1, "progress": False}

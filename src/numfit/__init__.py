@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from numfit.version import VERSION as __version__
 
 _HOME = {
     "Format": "numfit.formats",
@@ -24,10 +24,15 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
-    from numfit.evaluation import evaluate
-    from numfit.formats import Format, QuantizedTensor, format, quantize_tensor, register
-    from numfit.pipeline import plan, quantize
-    from numfit.runtime import load
+    from numfit.evaluation import evaluate as evaluate
+    from numfit.formats import Format as Format
+    from numfit.formats import QuantizedTensor as QuantizedTensor
+    from numfit.formats import format as format
+    from numfit.formats import quantize_tensor as quantize_tensor
+    from numfit.formats import register as register
+    from numfit.pipeline import plan as plan
+    from numfit.pipeline import quantize as quantize
+    from numfit.runtime import load as load
 
 
 def __getattr__(name: str) -> Any:

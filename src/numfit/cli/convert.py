@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from numfit.checkpoint.gguf import convert_gguf
     from numfit.checkpoint.unpack import convert_packed
     from numfit.errors import OptionError
-    from numfit.pipeline.plan import cpu_threads
+    from numfit.threads import cpu_threads
 
     model = resolve_model(args.model)
     if model.is_dir() and not (model / MANIFEST).is_file():

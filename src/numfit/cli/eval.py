@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from numfit.errors import OptionError
     from numfit.evaluation import Reference, evaluate
     from numfit.evaluation.reference import check_directory
-    from numfit.evaluation.scoring import thread_count
     from numfit.text import read_text
+    from numfit.threads import cpu_threads
 
     text = read_text(args.text)
     if args.keep_reference is not None and args.reference is None:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         "batch": args.batch,
     }  # fmt: skip
     check_directory(args.model)
-    with thread_count(args.threads):
+    with cpu_threads(args.threads):
         if args.reference is None:
             result = evaluate(args.model, text, **options)
         else:

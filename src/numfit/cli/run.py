@@ -42,18 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     from numfit.errors import OptionError
-    from numfit.runtime import decode_model, generate, load
+    from numfit.threads import cpu_threads
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise OptionError("the prompt is empty; give some text, for instance --prompt 'The capital of France is'")
-    if args.threads is not None:
-        if args.threads < 1:
-            raise OptionError(f"--threads must be at least 1, not {args.threads}")
-        torch.set_num_threads(args.threads)
+    with cpu_threads(args.threads):
+        return _answer(args, prompt)
+
+
+def _answer(args: argparse.Namespace, prompt: str) -> int:
+    """Load, generate, print."""
+    from numfit.runtime import decode_model, generate, load
 
     started = time.perf_counter()
     print(f"loading {args.model} …", end="", file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from numfit.evaluation import Reference, evaluate
 from numfit.pipeline import quantize
 from numfit.report import Column, Figure, Heading, Paragraph, Point, Table, frontier, page, scatter, text_table
 from numfit.runtime import generate, load
+from numfit.threads import cpu_threads
 
 FORMATS = ("mant4-g64", "mant4-g32@e3m3", "fp4.25", "fp5.33", "pot3-g128", "int4-g128", "nf4-g64")
 PROMPT = "The capital of France is"
@@ -68,7 +69,7 @@ def demonstrate(
     say(f"model  {model}\ntext   {valid}\n")
     work = cache_directory() / "demo"
     rows: list[dict[str, Any]] = []
-    with Reference(model, valid, windows=windows, context=context, threads=threads) as reference:
+    with cpu_threads(threads), Reference(model, valid, windows=windows, context=context, noise_floor=False) as reference:
         base = {
             "format": "fp32 reference",
             "bits": 32.0,
@@ -81,9 +82,9 @@ def demonstrate(
             out = work / name
             shutil.rmtree(out, ignore_errors=True)  # the demonstration shows the work, not a cached result
             started = time.monotonic()
-            quantize(model, name, out, threads=threads, scale_rule=scale_rule)
+            quantize(model, name, out, scale_rule=scale_rule)
             seconds = time.monotonic() - started
-            result = evaluate(out, valid, reference=reference, threads=threads)
+            result = evaluate(out, valid, reference=reference)
             rows.append(
                 {
                     "format": name,
@@ -96,7 +97,7 @@ def demonstrate(
             say(f"{name}: KL {rows[-1]['kl_mean']:.4f}, PPL {rows[-1]['ppl']:.2f}\n")
     best = min(rows, key=lambda row: row["kl_mean"])
     loaded, tokenizer = load(work / best["format"])
-    sentence = PROMPT + "".join(generate(loaded, tokenizer, PROMPT, max_tokens=24, raw=True))
+    sentence = PROMPT + generate(loaded, tokenizer, PROMPT, max_tokens=24, raw=True).text
     html.write_text(_page(base, rows, best, sentence, windows, context), encoding="utf-8")
     say("")
     print(text_table([base, *rows], COLUMNS))

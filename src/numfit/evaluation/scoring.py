@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,19 +25,6 @@ def dtype_name(dtype: str | torch.dtype) -> str:
     if name not in DTYPES:
         raise OptionError(f"--dtype {name}: pass one of {', '.join(DTYPES)}")
     return name
-
-
-@contextmanager
-def thread_count(threads: int | None) -> Iterator[None]:
-    """Compute with this many threads while inside; None leaves the number alone."""
-    if threads is not None and threads < 1:
-        raise OptionError(f"--threads {threads}: at least 1 thread is needed")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def score(model: nn.Module, windows: Tensor, sink: Sink, *, name: str, batch: int = 1, progress: bool = True) -> Tensor:

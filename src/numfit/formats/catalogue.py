@@ -259,7 +259,7 @@ _mx("mxfp8-e5m2", minifloat(5, 2))
 _mx("mxint8", integer(8, unit=2.0**-6))
 _mx("mxint4", integer(4, unit=2.0**-2))
 
-_NV = {"block": 16, "store": "e4m3", "closed": True, "rounding": "even"}
+_NV: dict[str, Any] = {"block": 16, "store": "e4m3", "closed": True, "rounding": "even"}
 register("nvfp4", minifloat(2, 1), "NVFP4: blocks of 16, e4m3 scale under an fp32", **_NV)
 register("nvint4", integer(4), "the same container with INT4", **_NV)
 register("nvfp4-4over6", minifloat(2, 1), "NVFP4, each block maps its maximum to 6 or 4", **_NV,

@@ -118,7 +118,7 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
         else:
             edges = t.thresholds[_slice(params.member, s).flatten().int()]  # [units, ranks - 1]
             if g.units * g.unit == k:
-                r = _fused_or(rank, fuse, _rank_chain, u.view(-1, g.unit), edges).view(-1, k)
+                r = _fused_or(rank, fuse, _rank_chain, u.reshape(-1, g.unit), edges).view(-1, k)
             else:
                 r = torch.zeros_like(out[s])
                 column = _unit_of_column(fmt, k, w.device)

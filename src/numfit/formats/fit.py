@@ -1,9 +1,9 @@
 """Fit: choose scales, members and zero points of a weight, without looking at other weights.
 
-One procedure for every scalar type (ams-pot-formats.md 7.1, 1.4, 2.1; mant-family.md 1.3): each block tries a row of candidate scales
-for each member, every candidate already rounded to what the file can hold, and keeps the pair of least squared error,
-weighted by the importance of the input channels where that is given. Units smaller than a block (AMS) choose their
-member under the block's common scale; a member per tensor (ANT) is chosen on the sum of its blocks' best errors.
+One procedure for every scalar type (ams-pot-formats.md 7.1, 1.4, 2.1; mant-family.md 1.3): each block tries a row of
+candidate scales for each member, every candidate already rounded to what the file can hold, and keeps the pair of least
+squared error, weighted by the importance of the input channels where that is given. Units smaller than a block (AMS)
+choose their member under the block's common scale; a member per tensor (ANT) is chosen on the sum of its blocks' best errors.
 
 Work goes in chunks of rows whose size depends on the shape alone, so results do not depend on threads or memory.
 """
@@ -76,7 +76,7 @@ def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, scale_rule: st
     Raises:
         FormatError: an unknown rule, or one that does not apply to this format.
     """
-    if scale_rule not in SCALE_RULES or scale_rule in ("floor", "ceil") and fmt.scale.store != "e8m0":
+    if scale_rule not in SCALE_RULES or (scale_rule in ("floor", "ceil") and fmt.scale.store != "e8m0"):
         allowed = "mse, absmax" + (", floor, ceil" if fmt.scale.store == "e8m0" else "")
         raise FormatError(f"the scale rule '{scale_rule}' does not apply to {fmt.name}; choose one of {allowed}")
     h = None if importance is None else _importance(importance.to(w.device, torch.float32))
@@ -355,7 +355,8 @@ def _fit_one_scale(fmt: Format, fitter: _Fitter, w: Tensor) -> Params:
         h = None if fitter.h is None else fitter.h.expand_as(x)
         if fitter.small_units:
             xs, hs = fitter.slots(x, h)
-            total += unit_errors(xs, hs, scale[:, 0].expand(len(x), -1), fitter.ladder, compiled=fitter.compiled).double().sum(0)
+            wide = scale[:, 0].expand(len(x), -1)
+            total += unit_errors(xs, hs, wide, fitter.ladder, compiled=fitter.compiled).double().sum(0)
         else:
             x = x.abs() if fitter.ladder.mirrored else x
             total += errors(x, h, scale.expand(len(x), -1, -1), fitter.ladder, compiled=fitter.compiled).double().sum(0)
@@ -401,7 +402,7 @@ def _palette(fmt: Format, w: Tensor, h: Tensor | None) -> Tensor:
     blocks = fmt.geometry(w.shape[1]).blocks
     rows = w[:: max(1, len(w) * blocks // _PALETTE_BLOCKS)]
     found = []
-    for s in row_chunks(*rows.shape, _CHUNK // 8):
+    for s in row_chunks(len(rows), w.shape[1], _CHUNK // 8):
         found += [fitter.per_member(x, hx, None, free=False, each=True)[0] for x, hx, _ in fitter.pieces(rows[s].float(), None)]
     if not found:
         return torch.arange(fmt.palette, device=w.device)

@@ -68,7 +68,7 @@ class Format:
     palette: int = 0
     unit: int | str = "block"
     block: int | str = 128
-    scale: Scale = Scale()
+    scale: Scale = field(default_factory=Scale)
     zero: bool = False
     rounding: str = "down"
     member_home: str = "plane"
@@ -241,9 +241,9 @@ def _problem(f: Format) -> str | None:
     wrong = [g.name for g in f.members if len(g.levels) != 1 << f.bits]
     if wrong:
         return f"members {', '.join(wrong)} do not have 2**{f.bits} levels"
-    mute = [g.name for g in f.members if not ranked(g)]
+    mute = [g.name for g in f.members if not ranked(g) or g.max_level == 0]
     if mute:
-        return f"member {mute[0]} has no level that an encoder may emit"
+        return f"member {mute[0]} has no level but zero that an encoder may emit"
     if f.scale.store not in STORES:
         return f"scales are stored as one of {', '.join(STORES)}, not '{f.scale.store}'"
     for what, value, words in (("block", f.block, ("row", "tensor")), ("unit", f.unit, ("block", "tensor"))):
@@ -265,7 +265,7 @@ def _problem(f: Format) -> str | None:
         return f"@{f.scale.store} scales hang under one fp16 per row, which needs blocks smaller than a row (-g64, say)"
     if (STORES[f.scale.store].parent is None) != (f.scale.parent is None):
         return f"@{f.scale.store} scales have {'no' if f.scale.parent else 'a'} parent"
-    if f.block == "tensor" and (f.scale.parent or f.unit == "block" and f.member_count > 1):
+    if f.block == "tensor" and (f.scale.parent or (f.unit == "block" and f.member_count > 1)):
         return "one scale for the tensor needs neither a parent scale nor a member per block"
     if f.unit == "tensor" and f.member_count > 1 and f.scale.parent == "row":
         return f"a member per tensor cannot use @{f.scale.store} scales, which hang under one fp16 per row; use @fp16 or @e4m3"

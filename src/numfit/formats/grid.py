@@ -4,8 +4,8 @@ Everything a scalar type is lives in one tuple, `levels[code]`, of exact numbers
 unused codes are just entries of it, so the verbs (fit, encode, decode, pack) never ask what kind of type they hold.
 The price is that a type of more than 8 bits is not expressible here (256 levels is the practical end of a table).
 
-Code conventions (ams-pot-formats.md section 5): floats, powers of two and M-ANT are sign-magnitude, integers are two's complement
-in narrow range, tables ascend with the code.
+Code conventions (ams-pot-formats.md section 5): floats, powers of two and M-ANT are sign-magnitude, integers are two's
+complement in narrow range, tables ascend with the code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 
 
@@ -51,7 +52,7 @@ class Grid:
     def step(self) -> float | None:
         """The distance of neighbours where it is the same everywhere (integers), else None."""
         values = [level for level, _ in ranked(self)]
-        gaps = {b - a for a, b in zip(values, values[1:])}
+        gaps = {b - a for a, b in pairwise(values)}
         return gaps.pop() if len(gaps) == 1 else None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ def thresholds(grid: Grid, rounding: str) -> list[float]:
     """The fp32 thresholds between neighbouring emitted levels; see the module docstring."""
     out = []
     pairs = ranked(grid)
-    for (low, _), (high, code) in zip(pairs, pairs[1:]):
+    for (low, _), (high, code) in pairwise(pairs):
         if rounding == "log" and low * high > 0:
             edge = np.float32(math.copysign(math.sqrt(low * high), low))
         else:
@@ -98,7 +99,7 @@ def rank(u: Tensor, edges: Tensor) -> Tensor:
     Returns:
         uint8 [n, w].
     """
-    if edges.shape[0] == 1 and u.numel() >= 4096 or edges.shape[1] > CHAIN_MAX:
+    if (edges.shape[0] == 1 and u.numel() >= 4096) or edges.shape[1] > CHAIN_MAX:
         if edges.shape[0] > 1:  # a long chain for several members: one binary search per row
             return torch.searchsorted(edges.contiguous(), u.contiguous(), right=False).to(torch.uint8)
         return torch.bucketize(u, edges[0], right=False).to(torch.uint8)

@@ -5,8 +5,8 @@ The chain is a `where` ladder that torch.compile fuses into one loop (fused.py);
 reference. Both find the same minimum up to ties of fp32 sums.
 
 Candidates run from large to small scales. Once a scale clips, the error of the block's largest weight alone,
-h·(|w| - s·max_level)², bounds the block's error from below, and grows as s shrinks; a block whose best error is already under that
-bound is finished. The pruned search therefore finds the same minimum as the full one.
+h·(|w| - s·max_level)², bounds the block's error from below, and grows as s shrinks; a block whose best error is already
+under that bound is finished. The pruned search therefore finds the same minimum as the full one.
 """
 
 from __future__ import annotations

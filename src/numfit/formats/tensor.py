@@ -129,9 +129,9 @@ def _is_shared(fmt: Format, plane: str) -> bool:
     """Whether a plane belongs to the tensor as a whole."""
     return (
         plane == "palette"
-        or plane == "parent" and fmt.scale.parent == "tensor"
-        or plane == "member" and fmt.unit == "tensor"
-        or plane in ("scale", "zero") and fmt.block == "tensor"
+        or (plane == "parent" and fmt.scale.parent == "tensor")
+        or (plane == "member" and fmt.unit == "tensor")
+        or (plane in ("scale", "zero") and fmt.block == "tensor")
     )
 
 

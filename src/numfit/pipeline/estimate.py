@@ -16,7 +16,7 @@ from numfit.checkpoint.source import Source
 from numfit.errors import FormatError
 from numfit.formats import Format, quantize_tensor
 from numfit.pipeline.memory import resident_bytes
-from numfit.pipeline.plan import Estimate, Plan, PlannedTensor, rule_for
+from numfit.pipeline.planning import Estimate, Plan, PlannedTensor, rule_for
 
 SLICE = 1 << 19  # weights
 REPEAT = 4  # compilation can take part in the first two runs

@@ -13,7 +13,7 @@ from numfit.checkpoint.safetensors_file import index_json, sha256_file
 from numfit.checkpoint.source import INDEX_FILE, Source
 from numfit.errors import OptionError
 from numfit.pipeline.partial import Record, describe_difference
-from numfit.pipeline.plan import Plan, PlannedTensor
+from numfit.pipeline.planning import Plan, PlannedTensor
 
 
 def already_there(out: Path, identity: dict[str, Any]) -> bool:

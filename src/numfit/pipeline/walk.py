@@ -40,8 +40,10 @@ from numfit.pipeline import partial as unfinished
 from numfit.pipeline.finish import already_there, finish
 from numfit.pipeline.memory import peak_bytes
 from numfit.pipeline.partial import Journal, Record
-from numfit.pipeline.plan import SHARD_SIZE, Plan, PlannedTensor, cpu_threads, make_plan, rule_for
+from numfit.pipeline.planning import SHARD_SIZE, Plan, PlannedTensor, make_plan, rule_for
 from numfit.pipeline.progress import Progress
+from numfit.threads import cpu_threads
+from numfit.version import VERSION
 
 CHECK_WEIGHTS = 1 << 22  # weights decoded at a time while checking
 
@@ -89,7 +91,7 @@ def _carry_out(source: Source, plan: Plan, out: str | Path, progress: bool) -> d
     formats = {tensor.format.name: tensor.format.to_json() for tensor in plan.quantized if tensor.format}
     out = Path(out).expanduser().resolve()
     identity = {
-        "numfit_version": _version(),
+        "numfit_version": VERSION,
         "recipe": plan.recipe,
         "formats": formats,
         "source": _fingerprint(source, progress),
@@ -124,12 +126,6 @@ def _carry_out(source: Source, plan: Plan, out: str | Path, progress: bool) -> d
         "worst": sorted(([name, error] for name, error in errors.items()), key=lambda item: -item[1])[:5],
         "warnings": list(plan.warnings),
     }
-
-
-def _version() -> str:
-    import numfit
-
-    return numfit.__version__
 
 
 def _fingerprint(source: Source, shown: bool) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from torch import Tensor
 from numfit.errors import NumfitError, OptionError
 from numfit.evaluation.metrics import divergence, summarize_divergence, summarize_losses
 from numfit.evaluation.reference import Reference, as_text, check_directory, load_model, model_windows, release_memory
-from numfit.evaluation.scoring import dtype_name, score, scored_bytes, thread_count
+from numfit.evaluation.scoring import dtype_name, score, scored_bytes
 from numfit.evaluation.sizes import bits_per_weight, model_bytes
+from numfit.threads import cpu_threads
 
 
 def evaluate(
@@ -73,11 +74,11 @@ def evaluate(
     if not isinstance(reference, Reference):
         windows, context = 8 if windows is None else windows, 1024 if context is None else context
         if reference is None:
-            with thread_count(threads):
+            with cpu_threads(threads):
                 return _evaluate(model_dir, content, None, windows, context, dtype, device, batch, progress)
         check_directory(model_dir)  # noticed before the reference has run for minutes
         with (
-            thread_count(threads),
+            cpu_threads(threads),
             Reference(
                 reference, content, windows=windows, context=context, dtype=dtype, device=device, batch=batch,
                 noise_floor=noise_floor, progress=progress,
@@ -90,7 +91,7 @@ def evaluate(
             f"the reference {reference.name} was run on {n} windows of {length}, not {windows or n} of "
             f"{context or length}: make a Reference with the same windows"
         )
-    with thread_count(threads):
+    with cpu_threads(threads):
         return _evaluate(model_dir, content, reference, n, length, dtype, device, batch, progress)
 
 
@@ -111,7 +112,7 @@ def evaluate_many(
             yield evaluate(model_dir, content, reference=reference, **options)
         return
     own = {name: value for name, value in options.items() if name != "threads" and value is not None}
-    with thread_count(options.get("threads")):
+    with cpu_threads(options.get("threads")):
         shared = Reference(reference, content, **own)
     with shared:
         for model_dir in model_dirs:

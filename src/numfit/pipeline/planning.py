@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from numfit.checkpoint.packed import plane_name
 from numfit.checkpoint.safetensors_file import DTYPE_NAMES, Group, Shard, Slot, layout_shards, make_group
@@ -34,6 +31,7 @@ from numfit.pipeline.options import (
     parse_skip,
 )
 from numfit.pipeline.roles import Role, role, rule_can_apply
+from numfit.threads import cpu_threads
 
 SHARD_SIZE = "5GB"
 
@@ -170,24 +168,6 @@ def plan(
             source, format, embedding=embedding, rules=rules, skip=skip, scale_rule=scale_rule, shard_size=shard_size
         )
         return replace(result, estimate=measure(source, result)) if estimate else result
-
-
-@contextmanager
-def cpu_threads(threads: int | None) -> Iterator[None]:
-    """Let torch use so many CPU threads inside the block; None leaves it alone.
-
-    Raises:
-        OptionError: not a positive number.
-    """
-    if threads is not None and threads < 1:
-        raise OptionError(f"--threads must be at least 1, not {threads}")
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def rule_for(fmt: Format, scale_rule: str) -> str:
