@@ -79,13 +79,13 @@ def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, scale_rule: st
     if scale_rule not in SCALE_RULES or (scale_rule in ("floor", "ceil") and fmt.scale.store != "e8m0"):
         allowed = "mse, absmax" + (", floor, ceil" if fmt.scale.store == "e8m0" else "")
         raise FormatError(f"the scale rule '{scale_rule}' does not apply to {fmt.name}; choose one of {allowed}")
-    h = None if importance is None else _importance(importance.to(w.device, torch.float32))
+    h = None if importance is None else _importance(importance.to(w.device))
     palette = None
     if fmt.palette:
         palette = _palette(fmt, w, h)
         fmt = replace(fmt, members=tuple(fmt.members[i] for i in palette.tolist()), palette=0)
     rows, k = w.shape
-    fitter = _Fitter(fmt, h, scale_rule, w.device, _compile(fmt, w, scale_rule))
+    fitter = _Fitter(fmt, h, scale_rule, w.device, w.numel())
     tensor_parent = _tensor_parent(fmt, w) if fmt.scale.parent == "tensor" else None
     if fmt.block == "tensor":
         params = _fit_one_scale(fmt, fitter, w)
@@ -99,20 +99,27 @@ def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, scale_rule: st
     return params if palette is None else replace(params, palette=palette)
 
 
-def _compile(fmt: Format, w: Tensor, rule: str) -> bool:
-    tried = 20 if rule == "mse" else 1
-    return w.numel() * len(fmt.members) * tried >= COMPILE_FROM
-
-
 def _importance(h: Tensor) -> Tensor:
-    """Dead channels keep a millionth of the mean weight, so that a block of them still gets a sensible scale."""
+    """Importance in units of its mean, so that its magnitude neither overflows nor underflows fp32 sums.
+
+    Dead channels keep a millionth of the mean, so that a block of them still gets a sensible scale.
+    """
+    h = h.double()
     mean = h.mean()
-    return torch.where(mean > 0, h.clamp_min(mean * 1e-6), torch.ones_like(h))
+    return torch.where(mean > 0, h / mean, torch.ones_like(h)).clamp_min(1e-6).float()
+
+
+def _ends(w: Tensor) -> Tensor:
+    """Least and largest weight, fp32 [1, 2]; zeros where there is none."""
+    if w.numel() == 0:
+        return torch.zeros((1, 2), dtype=torch.float32, device=w.device)
+    return torch.stack(torch.aminmax(w)).float().view(1, 2)
 
 
 def _tensor_parent(fmt: Format, w: Tensor) -> Tensor:
     """fp32 [1, 1]: the block that holds the largest weight gets a stored scale of `cap`."""
-    amax = w.abs().max().float() if w.numel() else torch.zeros((), device=w.device)
+    low, high = _ends(w)[0]
+    amax = high.clamp_min(0) - low.clamp_max(0) if fmt.zero else torch.maximum(high, -low)
     least = min(grid.max_level for grid in fmt.members)
     parent = amax / (least * fmt.scale.cap)
     return torch.where(parent > 0, parent.clamp_min(2.0**-126), torch.ones_like(parent)).view(1, 1)
@@ -121,9 +128,9 @@ def _tensor_parent(fmt: Format, w: Tensor) -> Tensor:
 def _join(fmt: Format, k: int, parts: list[Params], device: torch.device) -> Params:
     if not parts:
         g = fmt.geometry(k)
-        empty = torch.empty((0, g.blocks), device=device)
+        empty = torch.empty((0, g.blocks), dtype=torch.float32, device=device)
         units = torch.empty((0, g.units), dtype=torch.uint8, device=device) if fmt.member_bits else None
-        parent = torch.empty((0, 1), device=device) if fmt.scale.parent == "row" else None
+        parent = torch.empty((0, 1), dtype=torch.float32, device=device) if fmt.scale.parent == "row" else None
         return Params(empty, parent, units, empty if fmt.zero else None)
 
     def cat(name: str) -> Tensor | None:
@@ -138,9 +145,12 @@ def _join(fmt: Format, k: int, parts: list[Params], device: torch.device) -> Par
 class _Fitter:
     """Fits chunks of rows; holds what all chunks of a tensor share."""
 
-    def __init__(self, fmt: Format, h: Tensor | None, rule: str, device: torch.device, compiled: bool) -> None:
-        self.fmt, self.h, self.rule, self.compiled = fmt, h, rule, compiled
+    def __init__(self, fmt: Format, h: Tensor | None, rule: str, device: torch.device, weights: int) -> None:
+        self.fmt, self.h, self.rule = fmt, h, rule
         self.ladder: Ladder = ladder(fmt.members, fmt.rounding, device)
+        tried = 20 if rule == "mse" else 1  # what pruning leaves, roughly
+        ranks = 8 if self.ladder.step is not None or fmt.zero else max(8, self.ladder.levels.shape[1])
+        self.compiled = weights * len(fmt.members) * tried * ranks >= COMPILE_FROM
         tops = [fmt.max_level] if self.small_units else [g.max_level for g in fmt.members]
         self.tops = torch.tensor(tops, dtype=torch.float32, device=device)  # [M]; one where units are small
         if fmt.scale.store == "e8m0":
@@ -244,7 +254,7 @@ class _Fitter:
         top_h = None if h is None else h.gather(1, where[:, None])[:, 0]
         if self.ladder.mirrored:
             x = magnitude
-        best_err = torch.full((len(x), len(self.tops)), torch.inf, device=x.device)
+        best_err = torch.full((len(x), len(self.tops)), torch.inf, dtype=torch.float32, device=x.device)
         best = torch.zeros_like(best_err)
         alive = None  # indices of blocks still searched; None means all
         first = 0
@@ -282,7 +292,7 @@ class _Fitter:
         """AMS-like blocks: best common scale [B, 1], then a member per unit [B, units]."""
         amax = x.abs().amax(1)
         xs, hs = self.slots(x, h)
-        best_err = torch.full((len(x), 1), torch.inf, device=x.device)
+        best_err = torch.full((len(x), 1), torch.inf, dtype=torch.float32, device=x.device)
         best = best_scale = torch.ones_like(best_err)
         for first in range(0, self.candidates, 2 * BATCH):
             stored, scale = self.stored(self.wanted(amax, first, first + 2 * BATCH), parent, free)
@@ -314,13 +324,19 @@ class _Fitter:
         """Asymmetric integers: both ends shrink together (ams-pot-formats.md 7.1) → stored scale, zero [B, 1]."""
         low, high = x.amin(1).clamp_max(0), x.amax(1).clamp_min(0)
         top = float((1 << self.fmt.bits) - 1)
-        shrink = torch.tensor([2.0 ** (-j / 16) for j in range(40 if self.rule == "mse" else 1)], device=x.device)
+        shrink = _shrink(self.rule, x.device)
         wanted = ((high - low) / top)[:, None] * shrink  # [B, C]
         stored, scale = self.stored(wanted, None if parent is None else parent[..., 0], free)
         zero = (-low[:, None] * shrink / scale).round().clamp(0, top)
         err = affine_errors(x, h, torch.stack([scale, zero], 1), top, compiled=self.compiled)
         index = err.argmin(1, keepdim=True)
         return stored.gather(1, index), zero.gather(1, index)
+
+
+def _shrink(rule: str, device: torch.device) -> Tensor:
+    """Factors on both ends of asymmetric blocks, from large to small."""
+    factors = [2.0 ** (-j / 16) for j in range(40 if rule == "mse" else 1)]
+    return torch.tensor(factors, dtype=torch.float32, device=device)
 
 
 def _fit_one_member(fitter: _Fitter, w: Tensor, tensor_parent: Tensor | None) -> Params:
@@ -338,16 +354,17 @@ def _fit_one_member(fitter: _Fitter, w: Tensor, tensor_parent: Tensor | None) ->
         kept.append(torch.cat(parts, 1))  # [r, blocks, M]
     member = total.argmin()
     blocks = fitter.fmt.geometry(w.shape[1]).blocks
-    scale = torch.cat(kept)[..., member] if kept else torch.empty((0, blocks), device=w.device)
+    empty = torch.empty((0, blocks), dtype=torch.float32, device=w.device)
+    scale = torch.cat(kept)[..., member] if kept else empty
     return Params(scale.contiguous(), tensor_parent, member.view(1, 1).to(torch.uint8))
 
 
 def _fit_one_scale(fmt: Format, fitter: _Fitter, w: Tensor) -> Params:
     """One scale for the tensor: every candidate is scored on all rows."""
-    amax = w.abs().max().float().view(1) if w.numel() else torch.zeros(1, device=w.device)
+    ends = _ends(w)
     if fmt.zero:
-        flat = torch.stack([w.min(), w.max()]).float().view(1, 2) if w.numel() else torch.zeros(1, 2, device=w.device)
-        return _fit_one_affine(fitter, w, flat)
+        return _fit_one_affine(fitter, w, ends)
+    amax = ends.abs().amax(1)
     stored, scale = fitter.stored(fitter.wanted(amax, 0, fitter.candidates), None, False)  # [1, M, C]
     total = torch.zeros(scale.shape[1:], dtype=torch.float64, device=w.device)
     for s in row_chunks(*w.shape):
@@ -379,7 +396,7 @@ def _fit_one_scale(fmt: Format, fitter: _Fitter, w: Tensor) -> Params:
 def _fit_one_affine(fitter: _Fitter, w: Tensor, ends: Tensor) -> Params:
     top = float((1 << fitter.fmt.bits) - 1)
     low, high = ends[:, 0].clamp_max(0), ends[:, 1].clamp_min(0)
-    shrink = torch.tensor([2.0 ** (-j / 16) for j in range(40 if fitter.rule == "mse" else 1)], device=w.device)
+    shrink = _shrink(fitter.rule, w.device)
     stored, scale = fitter.stored(((high - low) / top)[:, None] * shrink, None, False)
     zero = (-low[:, None] * shrink / scale).round().clamp(0, top)
     pairs = torch.stack([scale, zero], 1)
@@ -395,10 +412,10 @@ def _fit_one_affine(fitter: _Fitter, w: Tensor, ends: Tensor) -> Params:
 def _palette(fmt: Format, w: Tensor, h: Tensor | None) -> Tensor:
     """Greedy palette (mant-family.md 2.5): add the candidate that lowers the summed error of absmax blocks most.
 
-    Scored on at most 2**15 blocks, taken evenly over the rows.
+    Scored on about 2**15 blocks, taken from rows at even distances.
     """
     wide = replace(fmt, palette=0, scale=Scale(), member_home="plane")
-    fitter = _Fitter(wide, h, "absmax", w.device, False)
+    fitter = _Fitter(wide, h, "absmax", w.device, 0)
     blocks = fmt.geometry(w.shape[1]).blocks
     rows = w[:: max(1, len(w) * blocks // _PALETTE_BLOCKS)]
     found = []

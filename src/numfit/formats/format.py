@@ -18,7 +18,7 @@ import torch
 from numfit.errors import FormatError
 from numfit.formats.grid import Grid, ranked
 from numfit.formats.packing import packed_bytes
-from numfit.formats.scale import SEARCHES, STORES, Scale, word_dtype
+from numfit.formats.scale import FP16_MAX, SEARCHES, STORES, Scale, word_dtype
 
 JSON_VERSION = 1
 
@@ -94,6 +94,13 @@ class Format:
     def max_level(self) -> float:
         """Largest magnitude of any member."""
         return max(grid.max_level for grid in self.members)
+
+    @property
+    def reach(self) -> float:
+        """Largest weight whose scale can be stored (and whose squared errors fp32 can sum)."""
+        if self.scale.store == "fp16":
+            return self.max_level * FP16_MAX
+        return self.max_level * (FP16_MAX * self.scale.cap if self.scale.parent == "row" else 2.0**50)
 
     @property
     def parent_span(self) -> str | None:

@@ -64,8 +64,8 @@ def tables(members: tuple[Grid, ...], rounding: str, device: torch.device) -> Ta
     codes = [[float(code) for _, code in ranked(g)] for g in members]
     return Tables(
         torch.tensor([g.levels for g in members], dtype=torch.float32, device=device),
-        torch.tensor(_padded([thresholds(g, rounding) for g in members], math.inf), device=device).float(),
-        torch.tensor(_padded(codes, None), device=device).to(torch.uint8),
+        torch.tensor(_padded([thresholds(g, rounding) for g in members], math.inf), dtype=torch.float32, device=device),
+        torch.tensor(_padded(codes, None), dtype=torch.float32, device=device).to(torch.uint8),
     )
 
 
@@ -84,7 +84,7 @@ def ladder(members: tuple[Grid, ...], rounding: str, device: torch.device) -> La
     return Ladder(
         mirrored,
         torch.tensor(_padded(levels, None), dtype=torch.float32, device=device),
-        torch.tensor(_padded(edges, math.inf), device=device).float().reshape(len(members), -1),
+        torch.tensor(_padded(edges, math.inf), dtype=torch.float32, device=device).reshape(len(members), -1),
         step,
     )
 
@@ -102,7 +102,7 @@ def rank(u: Tensor, edges: Tensor) -> Tensor:
     if (edges.shape[0] == 1 and u.numel() >= 4096) or edges.shape[1] > CHAIN_MAX:
         if edges.shape[0] > 1:  # a long chain for several members: one binary search per row
             return torch.searchsorted(edges.contiguous(), u.contiguous(), right=False).to(torch.uint8)
-        return torch.bucketize(u, edges[0], right=False).to(torch.uint8)
+        return torch.bucketize(u.contiguous(), edges[0], right=False).to(torch.uint8)
     out = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
     for k in range(edges.shape[1]):
         out += u > edges[:, k : k + 1]

@@ -86,7 +86,8 @@ def to_stored(scale: Scale, value: Tensor, parent: Tensor | None, spare: int = 0
         dtype = torch.float16 if scale.store == "fp16" else torch.bfloat16
         stored = value.clamp(FP16_MIN, scale.cap).to(dtype)
         if spare > 1:
-            stored = clear_low_bit(stored.view(torch.int16)).clamp_min(2).view(dtype)
+            last = int(torch.tensor(scale.cap, dtype=dtype).view(torch.int16)) & ~1  # rounding up must not reach Inf
+            stored = clear_low_bit(stored.view(torch.int16)).clamp(2, last).view(dtype)
         return stored.float()
     if scale.store == "e8m0":
         mantissa, exponent = torch.frexp(value.clamp_min(2.0**-126))
@@ -104,7 +105,7 @@ def to_stored(scale: Scale, value: Tensor, parent: Tensor | None, spare: int = 0
 
 def exp2i(exponent: Tensor) -> Tensor:
     """2**exponent as exact fp32 for integers -149 … 127."""
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.float())
 
 
 def ocp_exponent(amax: Tensor, max_level: float, rule: str) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from numfit.formats.fused import try_fused
 from numfit.formats.nearest import CHAIN_MAX, Ladder
 
-COMPILE_FROM = 1 << 25  # evaluations from which compiling pays for itself
+COMPILE_FROM = 1 << 27  # steps (weights × members × candidates × ranks) of a tensor from which compiling pays for itself
 BATCH = 4  # candidates evaluated between two rounds of pruning
 _EAGER_CELLS = 1 << 21  # intermediates of the eager form, in elements
 

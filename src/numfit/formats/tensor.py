@@ -182,6 +182,7 @@ def quantize_tensor(
     k = w.shape[-1]
     flat = w.detach().reshape(-1, k)
     _check_finite(flat, tuple(w.shape))
+    _check_range(fmt, flat)
     if importance is not None:
         if tuple(importance.shape) != (k,):
             raise FormatError(f"importance has shape {tuple(importance.shape)}, but the weight has {k} input channels")
@@ -189,6 +190,19 @@ def quantize_tensor(
             raise FormatError("importance must be finite and not negative")
     params = fit(fmt, flat, importance, scale_rule)
     return pack(fmt, tuple(w.shape), encode(fmt, flat, params), params)
+
+
+def _check_range(fmt: Format, flat: Tensor) -> None:
+    """Refuse weights whose scales the format cannot store: they would be clipped to a fraction."""
+    if flat.numel() == 0:
+        return
+    low, high = (float(v) for v in torch.aminmax(flat))
+    largest = max(high, 0.0) - min(low, 0.0) if fmt.zero else max(high, -low)
+    if largest > fmt.reach:
+        raise FormatError(
+            f"the weight spans {largest:.4g}, but the @{fmt.scale.store} scales of {fmt.name} end at {fmt.reach:.4g}; "
+            "repair the source, skip this tensor, or use a wider scale type such as @bf16"
+        )
 
 
 def _check_finite(flat: Tensor, shape: tuple[int, ...]) -> None:
