@@ -415,7 +415,7 @@ def test_bad_models_and_options(original: Path, tmp_path: Path) -> None:
         ({"context": 65}, "65 is longer than the 64 positions"),
         ({"windows": 400}, "need 16000: pass --windows"),
         ({"dtype": "int8"}, "--dtype int8"),
-        ({"threads": 0}, "--threads 0"),
+        ({"threads": 0}, "--threads must be at least 1"),
         ({"batch": 0}, "batch 0"),
     ):
         with pytest.raises(OptionError) as caught:

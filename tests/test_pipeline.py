@@ -425,7 +425,7 @@ def test_a_changed_source_is_refused(unfinished: tuple[Path, Path], file: str) -
 
 def test_another_version_of_numfit_is_refused(unfinished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = unfinished
-    monkeypatch.setattr(numfit, "__version__", "99.0")
+    monkeypatch.setattr("numfit.pipeline.walk.VERSION", "99.0")
     with pytest.raises(OptionError, match=r"made by numfit .*, this is numfit 99\.0"):
         quantize(source, "int4-g32", out, **FAST)
 

@@ -14,6 +14,7 @@ examples:
   numfit formats mant4-g32@e3m3 fp4.25    # these, with their levels
   numfit formats nf4-g64 --shape 576x1536 # exact bits and bytes of a tensor of that shape
   numfit formats --json | jq '.[].name'
+  numfit formats --markdown               # the table of the README
 
 A name reads base[-gN|-row|-tensor][@scale]: -g64 shares a scale among 64 neighbours along the input dimension, -row
 among a row, -tensor among all. Scales are stored as @fp16, @bf16, @e8m0, @e4m3 (under one fp32), @u8 or @e3m3 (8 and 6
@@ -26,12 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="FORMAT", help="show these formats in detail (default: a table of all)")
     parser.add_argument("--shape", default="4096x4096", metavar="NxK", help="shape for the bits (default 4096x4096)")
     parser.add_argument("--json", action="store_true", help="print JSON: a list of objects")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
 
 def run(args: argparse.Namespace) -> int:
     from numfit.errors import OptionError
     from numfit.formats import bases, format
-    from numfit.report import Column, text_table
+    from numfit.report import Column, markdown_table, text_table
 
     try:
         shape = tuple(int(n) for n in args.shape.lower().split("x"))
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         Column("bits", "bits", ".4f"),
         Column("about", "", align="left"),
     ]
-    print(text_table(rows, columns))
+    print(markdown_table(rows, columns) if args.markdown else text_table(rows, columns))
     for row in rows if args.names else ():
         print(f"\n{row['name']}: {row['bytes']:,} bytes for {'x'.join(map(str, shape))}")
         for member in row["description"]["members"]:

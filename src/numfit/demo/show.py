@@ -24,7 +24,7 @@ from numfit.runtime import generate, load
 from numfit.threads import cpu_threads
 
 FORMATS = ("mant4-g64", "mant4-g32@e3m3", "fp4.25", "fp5.33", "pot3-g128", "int4-g128", "nf4-g64")
-PROMPT = "The capital of France is"
+PROMPT = "The planet Mars is"
 
 COLUMNS = (
     Column("format", "format", align="left"),
@@ -97,7 +97,7 @@ def demonstrate(
             say(f"{name}: KL {rows[-1]['kl_mean']:.4f}, PPL {rows[-1]['ppl']:.2f}\n")
     best = min(rows, key=lambda row: row["kl_mean"])
     loaded, tokenizer = load(work / best["format"])
-    sentence = PROMPT + generate(loaded, tokenizer, PROMPT, max_tokens=24, raw=True).text
+    sentence = PROMPT + generate(loaded, tokenizer, PROMPT, max_tokens=40, raw=True).text
     html.write_text(_page(base, rows, best, sentence, windows, context), encoding="utf-8")
     say("")
     print(text_table([base, *rows], COLUMNS))
