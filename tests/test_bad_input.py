@@ -9,7 +9,7 @@ import resource
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,6 @@ from numfit.pipeline import partial, plan, quantize
 
 FAST: dict[str, Any] = {"scale_rule": "absmax", "threads": 1, "progress": False}
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors are slower on several threads of a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

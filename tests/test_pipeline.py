@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,6 @@ from numfit.pipeline.roles import role
 
 FAST: dict[str, Any] = {"scale_rule": "absmax", "threads": 1, "progress": False}
 DOWN = "model.layers.0.mlp.down_proj.weight"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors are slower on several threads of a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def planned(directory: Path, fmt: str = "int4-g32", **options: Any) -> Plan:

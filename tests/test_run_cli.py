@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,6 @@ from tiny_models import build, edit_config, pack, save_tokenizer
 from numfit.cli import run as verb
 from numfit.errors import CheckpointError, OptionError
 from numfit.runtime import generate, load
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small spend their time waiting for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 TEMPLATE = "{% for m in messages %}w5 {{ m['content'] }} w6{% endfor %}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ from numfit.errors import CheckpointError, OptionError
 from numfit.kernels import embedding, linear, reference
 from numfit.runtime import decode_model, load
 from numfit.runtime.modules import QuantEmbedding, QuantExperts, QuantLinear
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small spend their time waiting for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

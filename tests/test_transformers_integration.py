@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ from numfit.errors import CheckpointError, OptionError
 from numfit.integrations import _RegistryFinder, install_lazy_transformers_hook
 from numfit.runtime import load
 from numfit.runtime.prepare import Plan, unwatch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small spend their time waiting for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def from_pretrained(path: Path, **options: Any) -> Any:

@@ -190,7 +190,7 @@ register("mant4", [*map(mant, MANT4), _int_member(4)], "M-ANT: 15 coefficients a
 # on held-out draws it costs 0 to 2 % of squared error against the full sixteen (mant-family.md section 3).
 register("mant4s", [*map(mant, MANT4S), _int_member(4)], "M-ANT, shortlist of 8 members", block=64)
 register("mantsv4", [_mantsv(a, s) for a in MANT4 for s in (1, -1)] + [_int_member(4)],
-         "M-ANT with a special value (ours; patent notice, see docs)", block=64)  # fmt: skip
+         "M-ANT with a special value, our composition (patent notice)", block=64)  # fmt: skip
 register("mant3", [*(mant(a, 3) for a in MANT3), _int_member(3)], "M-ANT at 3 bits: 7 coefficients and INT3", block=64)
 
 # -- AMS: neighbours share the last mantissa bit ----------------------------------------------------------------------
