@@ -51,7 +51,7 @@ def _uniform_errors(x: Tensor, h: Tensor | None, scale: Tensor, step: float, top
 def _searched_errors(x: Tensor, h: Tensor | None, scale: Tensor, levels: Tensor, edges: Tensor) -> Tensor:
     """As `_block_errors` for one grid of many levels: binary search instead of a ladder."""
     u = x[:, None, None, :] * (1.0 / scale)[..., None]
-    d = levels[0][torch.bucketize(u, edges[0])] - u
+    d = levels[0][torch.bucketize(u.contiguous(), edges[0])] - u
     e = d * d if h is None else d * d * h[:, None, None, :]
     return e.sum(-1) * scale * scale
 
