@@ -3,7 +3,8 @@
     python benchmarks/kills.py MODEL [--format mant4-g64] [--kills 12] [--seed 0]
 
 Every run is `numfit quantize` in a process of its own, ended by SIGKILL after a random part of the time that the
-uninterrupted run took. Prints how many tensors each run found done, and the comparison of all files, byte for byte.
+uninterrupted run took. A run that finishes before its kill is compared too, byte for byte, and the next kills fall on a new
+one; each comparison says how many kills its result had survived.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,31 +39,32 @@ def main() -> int:
         subprocess.run([*command, str(whole)], check=True, capture_output=True)
         seconds = time.monotonic() - start
         print(f"uninterrupted: {seconds:.1f} s")
-        killed = 0
-        while killed < args.kills:
+        reference = digests(whole)
+        killed = survived = 0
+        while True:
             run = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            last = killed == args.kills
             wait = draw.uniform(0.1, 0.6) * seconds
             try:
-                run.wait(wait)
-                print(f"run ended by itself before kill {killed + 1}; starting over")
-                if run.returncode:
+                if run.wait(None if last else wait):
+                    print("a run failed")
                     return 1
-                for path in sorted(broken.iterdir()):
-                    path.unlink()
-                broken.rmdir()
-                continue
             except subprocess.TimeoutExpired:
                 run.kill()
                 run.wait()
-            killed += 1
-            journal = broken.with_name("broken.partial") / "journal.jsonl"
-            done = journal.read_bytes().count(b"\n") if journal.exists() else 0
-            print(f"kill {killed:2} after {wait:4.1f} s: {done} tensors recorded", flush=True)
-        subprocess.run([*command, str(broken)], check=True, capture_output=True)
-        one, two = digests(whole), digests(broken)
-        for name in sorted(one.keys() | two.keys()):
-            print(f"{'same' if one.get(name) == two.get(name) else 'DIFFERENT':9} {name}")
-        return 0 if one == two else 1
+                killed, survived = killed + 1, survived + 1
+                journal = broken.with_name("broken.partial") / "journal.jsonl"
+                done = journal.read_bytes().count(b"\n") if journal.exists() else 0
+                print(f"kill {killed:2} after {wait:4.1f} s: {done} tensors recorded", flush=True)
+                continue
+            found = digests(broken)
+            different = sorted(n for n in found.keys() | reference.keys() if found.get(n) != reference.get(n))
+            verdict = f"DIFFERENT: {', '.join(different)}" if different else f"all {len(found)} files the same"
+            print(f"finished after {survived} kills: {verdict}", flush=True)
+            if different or last:
+                return bool(different)
+            shutil.rmtree(broken)
+            survived = 0
 
 
 if __name__ == "__main__":
