@@ -8,10 +8,22 @@ from typing import Any
 
 import pytest
 
+from numfit import native
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run in several processes: one thread each, since thread pools that wait for one another by spinning collapse when
 # cores are shared. Tests of thread counts set their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--native-library", metavar="FILE", help="CPU kernels to test instead of the installed ones")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--native-library")
+    if path is not None:
+        native.load(path)
 
 
 @pytest.hookimpl(wrapper=True)

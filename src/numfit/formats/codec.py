@@ -17,6 +17,8 @@ from numfit.formats.fit import Params, family, row_chunks
 from numfit.formats.format import Format
 from numfit.formats.fused import try_fused
 from numfit.formats.nearest import CHAIN_MAX, rank, tables
+from numfit.formats.onepass import encode as encode_in_one_pass
+from numfit.formats.onepass import usable
 
 _CHUNK = 1 << 18  # weights at a time: the intermediates stay in cache
 FUSE_FROM = 1 << 27  # comparisons from which compiling them pays for itself
@@ -101,6 +103,11 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
     t = tables(family(fmt, params), fmt.rounding, w.device)
     effective = params.effective_scale()
     out = torch.empty((rows, k), dtype=torch.uint8, device=w.device)
+    if usable(w.device):
+        for s in row_chunks(rows, k):
+            zero, member = (None if p is None else _slice(p, s) for p in (params.zero, params.member))
+            out[s] = encode_in_one_pass(t, w[s].float(), g.block, g.unit, _slice(effective, s), zero, member)
+        return out
     # comparisons are exact, so fused and eager codes are equal; GPU kernels are launched fast enough unfused
     fuse = w.numel() * t.codes.shape[1] >= FUSE_FROM and t.codes.shape[1] <= CHAIN_MAX and w.device.type == "cpu"
     for s in row_chunks(rows, k, _CHUNK):

@@ -20,6 +20,7 @@ from numfit.errors import FormatError
 from numfit.formats.format import Format
 from numfit.formats.grid import Grid
 from numfit.formats.nearest import Ladder, ladder
+from numfit.formats.onepass import Search, usable
 from numfit.formats.scale import PARENT_MIN, Scale, exp2i, ocp_exponent, to_stored
 from numfit.formats.search import BATCH, COMPILE_FROM, affine_errors, errors, unit_choice, unit_errors
 
@@ -160,6 +161,20 @@ class _Fitter:
         else:
             count = len(fmt.scale.tries)
         self.candidates = count
+        self.native = self._search() if usable(device) else None
+
+    def _search(self) -> Search:
+        """What the compiled pass needs to do the same."""
+        fmt, mse = self.fmt, self.rule == "mse"
+        if fmt.zero:
+            tops, factors = torch.tensor([float((1 << fmt.bits) - 1)]), _shrink(self.rule, self.tops.device).tolist()
+        elif fmt.scale.store == "e8m0":
+            tops, factors = self.tops, [1.0, 0.0, -1.0] if mse else [0.0]
+        else:
+            tops, factors = self.tops, fmt.scale.multipliers() if mse else list(fmt.scale.tries)
+        unit = int(fmt.unit) if self.small_units else 0
+        return Search(self.ladder, tops, unit=unit, zero=fmt.zero, scale=fmt.scale, spare=fmt.spare, factors=factors,
+                      ceil=self.rule == "ceil")  # fmt: skip
 
     @property
     def small_units(self) -> bool:
@@ -199,6 +214,9 @@ class _Fitter:
         return Params(scale, parent if self.fmt.scale.parent == "row" else None, member, zero)
 
     def _blocks(self, w: Tensor, parent: Tensor | None, *, free: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self.native is not None:
+            block = self.fmt.geometry(w.shape[1]).block
+            return self.native.fit(w, self.h, parent, block, 2 * BATCH, free=free)[:3]
         scales, members, zeros = [], [], []
         for x, h, p in self.pieces(w, parent):
             n_rows = w.shape[0]
@@ -236,6 +254,37 @@ class _Fitter:
             if parent is not None:
                 p = parent.expand(rows, 1).repeat_interleave(count, 0).view(-1, 1, 1)
             yield x, h, p
+
+    def each_member(self, w: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(error, stored scale) of the best scale of every member for rows w [r, K]: [r, blocks, M] each."""
+        if self.native is not None:
+            block = self.fmt.geometry(w.shape[1]).block
+            scale, _, _, error = self.native.fit(w, self.h, parent, block, 2 * BATCH, each=True)
+            assert error is not None
+            return error, scale
+        parts = [self.per_member(x, h, p, free=False, each=True) for x, h, p in self.pieces(w, parent)]
+        errors_, scales = (torch.cat([part[i].view(len(w), -1, len(self.tops)) for part in parts], 1) for i in (0, 1))
+        return errors_, scales
+
+    def row_errors(self, w: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Errors of whole rows w [r, K] under scales [M, C] ([1, C] for small units and zero points) that all share: [r, M, C]."""
+        if self.native is not None:
+            return self.native.row_errors(w, self.h, scale, zero)
+        h = None if self.h is None else self.h.expand_as(w)
+        wide = scale.expand(len(w), -1, -1)  # [r, M, C]
+        if zero is not None:
+            pairs = torch.cat([scale, zero]).expand(len(w), -1, -1)
+            return affine_errors(w, h, pairs, float((1 << self.fmt.bits) - 1), compiled=self.compiled)[:, None]
+        if self.small_units:
+            return unit_errors(*self.slots(w, h), wide[:, 0], self.ladder, compiled=self.compiled)[:, None]
+        return errors(w.abs() if self.ladder.mirrored else w, h, wide, self.ladder, compiled=self.compiled)
+
+    def choose(self, w: Tensor, scale: Tensor) -> Tensor:
+        """Best members of small units of rows w [r, K] under the tensor's scale [1, 1]: uint8 [r, units]."""
+        if self.native is not None:
+            return self.native.choose(w, self.h, float(scale))
+        xs, hs = self.slots(w, None if self.h is None else self.h.expand_as(w))
+        return unit_choice(xs, hs, scale.expand(len(w), 1), self.ladder, compiled=self.compiled)
 
     def per_member(
         self, x: Tensor, h: Tensor | None, parent: Tensor | None, *, free: bool, each: bool
@@ -341,17 +390,12 @@ def _shrink(rule: str, device: torch.device) -> Tensor:
 
 def _fit_one_member(fitter: _Fitter, w: Tensor, tensor_parent: Tensor | None) -> Params:
     """One member for the tensor (ANT): the least sum, over all blocks, of the member's best errors."""
-    m_count = fitter.fmt.member_count
-    total = torch.zeros(m_count, dtype=torch.float64, device=w.device)
+    total = torch.zeros(fitter.fmt.member_count, dtype=torch.float64, device=w.device)
     kept = []
     for s in row_chunks(*w.shape):
-        rows = w[s].float()
-        parts = []
-        for x, h, p in fitter.pieces(rows, tensor_parent):
-            err, best = fitter.per_member(x, h, p, free=False, each=True)
-            total += err.double().sum(0)
-            parts.append(best.view(len(rows), -1, m_count))
-        kept.append(torch.cat(parts, 1))  # [r, blocks, M]
+        err, best = fitter.each_member(w[s].float(), tensor_parent)
+        total += err.double().sum((0, 1))
+        kept.append(best)  # [r, blocks, M]
     member = total.argmin()
     blocks = fitter.fmt.geometry(w.shape[1]).blocks
     empty = torch.empty((0, blocks), dtype=torch.float32, device=w.device)
@@ -368,29 +412,16 @@ def _fit_one_scale(fmt: Format, fitter: _Fitter, w: Tensor) -> Params:
     stored, scale = fitter.stored(fitter.wanted(amax, 0, fitter.candidates), None, False)  # [1, M, C]
     total = torch.zeros(scale.shape[1:], dtype=torch.float64, device=w.device)
     for s in row_chunks(*w.shape):
-        x = w[s].float()
-        h = None if fitter.h is None else fitter.h.expand_as(x)
-        if fitter.small_units:
-            xs, hs = fitter.slots(x, h)
-            wide = scale[:, 0].expand(len(x), -1)
-            total += unit_errors(xs, hs, wide, fitter.ladder, compiled=fitter.compiled).double().sum(0)
-        else:
-            x = x.abs() if fitter.ladder.mirrored else x
-            total += errors(x, h, scale.expand(len(x), -1, -1), fitter.ladder, compiled=fitter.compiled).double().sum(0)
-    best = int(total.argmin())
-    m, c = divmod(best, total.shape[1])
-    chosen, member = stored[:, m, c].view(1, 1), None
+        total += fitter.row_errors(w[s].float(), scale[0]).double().sum(0)
+    m, c = divmod(int(total.argmin()), total.shape[1])
+    member = None
     if fitter.small_units:
-        parts = []
-        for s in row_chunks(*w.shape):
-            xs, hs = fitter.slots(w[s].float(), None if fitter.h is None else fitter.h.expand(len(w[s]), -1))
-            wide = scale[:, m, c].view(1, 1).expand(xs.shape[1], 1)
-            parts.append(unit_choice(xs, hs, wide, fitter.ladder, compiled=fitter.compiled))
+        parts = [fitter.choose(w[s].float(), scale[:, m, c].view(1, 1)) for s in row_chunks(*w.shape)]
         units = fmt.geometry(w.shape[1]).units
         member = torch.cat(parts) if parts else torch.empty((0, units), dtype=torch.uint8, device=w.device)
     elif fmt.member_count > 1:
         member = torch.full((1, 1), m, dtype=torch.uint8, device=w.device)
-    return Params(chosen, None, member)
+    return Params(stored[:, m, c].view(1, 1), None, member)
 
 
 def _fit_one_affine(fitter: _Fitter, w: Tensor, ends: Tensor) -> Params:
@@ -398,13 +429,10 @@ def _fit_one_affine(fitter: _Fitter, w: Tensor, ends: Tensor) -> Params:
     low, high = ends[:, 0].clamp_max(0), ends[:, 1].clamp_min(0)
     shrink = _shrink(fitter.rule, w.device)
     stored, scale = fitter.stored(((high - low) / top)[:, None] * shrink, None, False)
-    zero = (-low[:, None] * shrink / scale).round().clamp(0, top)
-    pairs = torch.stack([scale, zero], 1)
+    zero = (-low[:, None] * shrink / scale).round().clamp(0, top)  # [1, C]
     total = torch.zeros(len(shrink), dtype=torch.float64, device=w.device)
     for s in row_chunks(*w.shape):
-        x = w[s].float()
-        h = None if fitter.h is None else fitter.h.expand_as(x)
-        total += affine_errors(x, h, pairs.expand(len(x), -1, -1), top, compiled=fitter.compiled).double().sum(0)
+        total += fitter.row_errors(w[s].float(), scale, zero).double().sum((0, 1))
     best = total.argmin().view(1, 1)
     return Params(stored.gather(1, best), None, None, zero.gather(1, best))
 
@@ -418,9 +446,7 @@ def _palette(fmt: Format, w: Tensor, h: Tensor | None) -> Tensor:
     fitter = _Fitter(wide, h, "absmax", w.device, 0)
     blocks = fmt.geometry(w.shape[1]).blocks
     rows = w[:: max(1, len(w) * blocks // _PALETTE_BLOCKS)]
-    found = []
-    for s in row_chunks(len(rows), w.shape[1], _CHUNK // 8):
-        found += [fitter.per_member(x, hx, None, free=False, each=True)[0] for x, hx, _ in fitter.pieces(rows[s].float(), None)]
+    found = [fitter.each_member(rows[s].float(), None)[0].flatten(0, 1) for s in row_chunks(len(rows), w.shape[1], _CHUNK // 8)]
     if not found:
         return torch.arange(fmt.palette, device=w.device)
     err = torch.cat(found).double()  # [blocks, candidates]

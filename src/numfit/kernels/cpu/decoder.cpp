@@ -1,0 +1,364 @@
+// The loop over the layers of a decoder (decoder.h). Matrices are apply_many's business and the rest is Ops' (kernels.h); what
+// is left here is the order of things, the cache, and who works on what.
+//
+// Tokens are taken up to kChunk at a time. With one token everything between the matrices is done by the calling thread, since
+// waking others would take longer; with more, tokens are shared out. No result depends on the number of threads, nor on how
+// the tokens were cut into calls.
+#include "decoder.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+constexpr int64_t kChunk = 512;     // tokens
+constexpr int64_t kSpread = 1 << 16;  // multiply-adds of attention that are worth a second thread
+constexpr int64_t kRows = 48;       // query rows of an attention job, about
+
+int fail(char *error, const char *sentence) {
+    std::snprintf(error, NF_ERROR, "%s", sentence);
+    return 1;
+}
+
+// Memory in huge pages that cleans up after itself.
+struct Arena {
+    void *data = nullptr;
+    int64_t bytes = 0;
+    Arena() = default;
+    Arena(const Arena &) = delete;
+    Arena &operator=(const Arena &) = delete;
+    ~Arena() { release(); }
+    void release() {
+        if (data) nf::arena_free(data, bytes);
+        data = nullptr, bytes = 0;
+    }
+    bool allocate(int64_t wanted) {
+        release();
+        bool huge;
+        data = nf::arena_alloc(wanted, &huge);
+        bytes = data ? wanted : 0;
+        return data != nullptr;
+    }
+    void swap(Arena &other) { std::swap(data, other.data), std::swap(bytes, other.bytes); }
+};
+
+// Row `row` of a dense matrix.
+void dense_row(const nf_decoder_linear &w, int64_t row, float *out) {
+    const auto *words = static_cast<const uint16_t *>(w.dense) + row * w.cols;
+    if (w.dense_kind == NF_DENSE_FP32) {
+        std::memcpy(out, static_cast<const float *>(w.dense) + row * w.cols, static_cast<size_t>(w.cols) * sizeof(float));
+        return;
+    }
+    const bool half = w.dense_kind == NF_DENSE_FP16;
+    for (int64_t i = 0; i < w.cols; i++) {
+        const uint32_t word = words[i], magnitude = word & 0x7fffu;
+        const uint32_t bits = half ? magnitude << 13 : word << 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        if (half) value *= magnitude < 0x7c00u ? 0x1p112f : INFINITY;  // subnormal numbers come out right
+        out[i] = half && word & 0x8000u ? -value : value;
+    }
+}
+
+struct Layer : nf_decoder_layer {
+    std::vector<nf_decoder_linear> own;  // the lists, one after the other
+    const nf_decoder_linear *list(int which) const {
+        const int32_t counts[] = {qkv, o, gate_up, down};
+        const nf_decoder_linear *at = own.data();
+        for (int i = 0; i < which; i++) at += counts[i];
+        return at;
+    }
+};
+
+}  // namespace
+
+struct nf_decoder : nf_decoder_spec {
+    std::vector<Layer> stack;
+    std::mutex busy;
+    int64_t length = 0, capacity = 0;
+    Arena cache;                        // [layers][kv_heads]{keys, values}[capacity · head_dim] fp16
+    std::vector<float> cosine, sine;    // [ropes][capacity][rotary]
+    int64_t room = 0;                   // tokens that the work space holds
+    Arena work;
+    float *x, *normed, *qkv, *mixed, *wide;  // [room][…]: hidden, hidden, queries keys values, heads · head_dim, 2 · ffn
+    std::vector<float> scratch;         // of attention, a piece for each thread
+
+    int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
+    int64_t plane() const { return capacity * head_dim; }
+    uint16_t *keys(int64_t layer_index, int64_t head_index) const {
+        return static_cast<uint16_t *>(cache.data) + (layer_index * kv_heads + head_index) * 2 * plane();
+    }
+    uint16_t *values(int64_t layer_index, int64_t head_index) const { return keys(layer_index, head_index) + plane(); }
+};
+
+namespace {
+
+// ---- checking a description ----
+
+bool fits(const nf_decoder_linear *list, int32_t count, int64_t rows, int64_t cols) {
+    int64_t total = 0;
+    for (int32_t i = 0; i < count; i++) {
+        const auto &w = list[i];
+        if (w.cols != cols || w.rows < 1 || (w.packed == nullptr) == (w.dense == nullptr)) return false;
+        if (w.packed && (w.packed->n != w.rows || w.packed->k != w.cols)) return false;
+        if (w.dense && (w.dense_kind < NF_DENSE_FP32 || w.dense_kind > NF_DENSE_BF16)) return false;
+        total += w.rows;
+    }
+    return total == rows;
+}
+
+const char *complaint(const nf_decoder_spec &s) {
+    const int64_t counts[] = {s.layers, s.heads, s.kv_heads, s.head_dim, s.hidden, s.ffn, s.vocab};
+    for (int64_t count : counts)
+        if (count < 1 || count > 1 << 24) return "a count of the decoder's description is not positive, or absurd";
+    if (s.heads % s.kv_heads) return "the query heads of the decoder cannot share its key/value heads evenly";
+    if (s.head_dim % 16) return "the decoder's head dimension is not a multiple of 16";
+    if (s.rotary < 0 || s.rotary % 2 || s.rotary > s.head_dim) return "the rotated dimensions are not an even part of a head";
+    if (s.activation != NF_SILU && s.activation != NF_GELU_TANH) return "the decoder's activation is unknown";
+    if (s.ropes < 0 || !s.layer || !s.final_norm) return "the decoder's description is incomplete";
+    const int64_t inner = s.heads * s.head_dim;
+    for (int64_t i = 0; i < s.layers; i++) {
+        const auto &l = s.layer[i];
+        if (!l.linears || !l.input_norm || !l.ffn_norm || !l.q_norm != !l.k_norm) return "a layer's description is incomplete";
+        if (l.rope >= s.ropes || l.window < 0) return "a layer's rotation or window is out of range";
+        const auto *at = l.linears;
+        if (!fits(at, l.qkv, inner + 2 * s.kv_heads * s.head_dim, s.hidden)) return "a layer's q, k, v have the wrong shape";
+        if (!fits(at += l.qkv, l.o, s.hidden, inner)) return "a layer's attention output has the wrong shape";
+        if (!fits(at += l.o, l.gate_up, 2 * s.ffn, s.hidden)) return "a layer's gate and up have the wrong shape";
+        if (!fits(at + l.gate_up, l.down, s.hidden, s.ffn)) return "a layer's down has the wrong shape";
+    }
+    if (!fits(&s.embedding, 1, s.vocab, s.hidden)) return "the decoder's embedding has the wrong shape";
+    if (!fits(&s.head, 1, s.vocab, s.hidden)) return "the decoder's output layer has the wrong shape";
+    return nullptr;
+}
+
+// ---- pieces ----
+
+// body(token) for each of m, in parallel where there is more than one.
+template <class F> void each_token(int64_t m, F &&body) {
+    constexpr int64_t some = 8;
+    if (m == 1) return body(0);
+    nf::parallel((m + some - 1) / some, [&](int64_t part) {
+        for (int64_t t = part * some; t < std::min(m, (part + 1) * some); t++) body(t);
+    });
+}
+
+// y [m][ldy] = x [m][ldx] · Wᵀ for a dense matrix: for output layers that were kept, so plain code.
+void apply_dense(const nf_decoder_linear &w, const float *x, int64_t m, int64_t ldx, float *y, int64_t ldy) {
+    constexpr int64_t some = 64, lanes = 16;
+    nf::parallel((w.rows + some - 1) / some, [&](int64_t part) {
+        std::vector<float> row(static_cast<size_t>(w.cols));
+        for (int64_t r = part * some; r < std::min(w.rows, (part + 1) * some); r++) {
+            dense_row(w, r, row.data());
+            for (int64_t t = 0; t < m; t++) {
+                float sum[lanes] = {}, total = 0;
+                const float *in = x + t * ldx;
+                int64_t c = 0;
+                for (; c + lanes <= w.cols; c += lanes)
+                    for (int64_t j = 0; j < lanes; j++) sum[j] += in[c + j] * row[static_cast<size_t>(c + j)];
+                for (; c < w.cols; c++) sum[c % lanes] += in[c] * row[static_cast<size_t>(c)];
+                for (float part_sum : sum) total += part_sum;
+                y[t * ldy + r] = total + (w.bias ? w.bias[r] : 0.0f);
+            }
+        }
+    });
+}
+
+// The outputs of a list side by side. ldy ≥ their sum.
+void apply_list(const nf_decoder_linear *list, int32_t count, const float *x, int64_t m, int64_t ldx, float *y, int64_t ldy,
+                bool exact) {
+    std::vector<nf::Job> jobs;
+    for (int32_t i = 0; i < count; y += list[i].rows, i++) {
+        if (list[i].packed) jobs.push_back({list[i].packed, y, ldy, list[i].bias});
+        else apply_dense(list[i], x, m, ldx, y, ldy);
+    }
+    if (!jobs.empty()) nf::apply_many(jobs.data(), static_cast<int>(jobs.size()), x, m, ldx, exact);
+}
+
+void embed(const nf_decoder &d, int64_t token, float *out) {
+    if (d.embedding.packed) nf::gather_row(*d.embedding.packed, token, out);
+    else dense_row(d.embedding, token, out);
+    for (int64_t i = 0; i < d.hidden; i++) out[i] *= d.embedding_scale;
+}
+
+// Head norms, rotation, and keys and values into the cache, for one token.
+void prepare_heads(const nf_decoder &d, const nf::Kernels::Ops &ops, int64_t index, int64_t position, float *row) {
+    const Layer &l = d.stack[static_cast<size_t>(index)];
+    const int64_t dim = d.head_dim;
+    if (l.q_norm)
+        for (int64_t h = 0; h < d.heads + d.kv_heads; h++)
+            ops.rms_norm(row + h * dim, h < d.heads ? l.q_norm : l.k_norm, d.eps, row + h * dim, dim);
+    if (l.rope >= 0) {
+        const size_t at = static_cast<size_t>((l.rope * d.capacity + position) * d.rotary);
+        for (int64_t h = 0; h < d.heads + d.kv_heads; h++)
+            ops.rotate(row + h * dim, d.cosine.data() + at, d.sine.data() + at, d.rotary / 2);
+    }
+    constexpr int64_t block = nf::kKeyBlock;
+    uint16_t half[1024];
+    for (int64_t h = 0; h < d.kv_heads; h++) {
+        const float *key = row + (d.heads + h) * dim, *value = key + d.kv_heads * dim;
+        uint16_t *to = d.keys(index, h) + position / block * block * dim + position % block;
+        for (int64_t from = 0; from < dim; from += 1024) {
+            const int64_t part = std::min<int64_t>(1024, dim - from);
+            ops.to_half(key + from, half, part);
+            for (int64_t i = 0; i < part; i++) to[(from + i) * block] = half[i];
+        }
+        ops.to_half(value, d.values(index, h) + position * dim, dim);
+    }
+}
+
+// Attention of m tokens from `position` on: jobs of one key/value head and some tokens each, the longest first.
+void attention(nf_decoder &d, const nf::Kernels::Ops &ops, int64_t index, int64_t m, int64_t position) {
+    const int64_t dim = d.head_dim, group = d.heads / d.kv_heads, width = d.qkv_width(), inner = d.heads * dim;
+    const int64_t some = std::min(m, std::max<int64_t>(1, kRows / group));
+    const int64_t parts = (m + some - 1) / some, jobs = parts * d.kv_heads, piece = ops.attend_scratch(group * some, dim);
+    const int64_t seats = m * d.heads * (position + m) * dim < kSpread ? 1 : std::min<int64_t>(jobs, nf_threads());
+    if (static_cast<int64_t>(d.scratch.size()) < piece * seats) d.scratch.resize(static_cast<size_t>(piece * seats));
+    std::atomic<int64_t> next{0};
+    auto work = [&](int64_t seat) {
+        for (int64_t i; (i = next.fetch_add(1)) < jobs;) {
+            const int64_t h = i % d.kv_heads, t = (parts - 1 - i / d.kv_heads) * some;
+            const nf::Attention a{d.keys(index, h), d.values(index, h), dim, d.stack[static_cast<size_t>(index)].window,
+                                  d.attention_scale, d.attention_softcap};
+            ops.attend(a, d.qkv + t * width + h * group * dim, width, group, std::min(some, m - t), position + t,
+                       d.scratch.data() + seat * piece, d.mixed + t * inner + h * group * dim, inner);
+        }
+    };
+    if (seats == 1) work(0);
+    else nf::parallel(seats, work);
+}
+
+// One chunk through all layers: d.x [m][hidden] is what the output layer takes, before the last norm.
+void run_layers(nf_decoder &d, const nf::Kernels::Ops &ops, int64_t m, int64_t position, bool exact) {
+    const int64_t hidden = d.hidden, width = d.qkv_width(), inner = d.heads * d.head_dim, ffn = d.ffn;
+    auto normalise = [&](const float *gain) {
+        each_token(m, [&](int64_t t) { ops.rms_norm(d.x + t * hidden, gain, d.eps, d.normed + t * hidden, hidden); });
+    };
+    auto join = [&](const float *gain) {  // x += d.normed, normalised before where there is a gain
+        each_token(m, [&](int64_t t) {
+            float *y = d.normed + t * hidden;
+            if (gain) ops.rms_norm(y, gain, d.eps, y, hidden);
+            ops.add(d.x + t * hidden, y, hidden);
+        });
+    };
+    for (int64_t i = 0; i < d.layers; i++) {
+        const Layer &l = d.stack[static_cast<size_t>(i)];
+        normalise(l.input_norm);
+        apply_list(l.list(0), l.qkv, d.normed, m, hidden, d.qkv, width, exact);
+        each_token(m, [&](int64_t t) { prepare_heads(d, ops, i, position + t, d.qkv + t * width); });
+        attention(d, ops, i, m, position);
+        apply_list(l.list(1), l.o, d.mixed, m, inner, d.normed, hidden, exact);
+        join(l.post_attention_norm);
+        normalise(l.ffn_norm);
+        apply_list(l.list(2), l.gate_up, d.normed, m, hidden, d.wide, 2 * ffn, exact);
+        each_token(m, [&](int64_t t) { ops.gated(d.wide + t * 2 * ffn, d.wide + t * 2 * ffn + ffn, d.activation, ffn); });
+        apply_list(l.list(3), l.down, d.wide, m, 2 * ffn, d.normed, hidden, exact);
+        join(l.post_ffn_norm);
+    }
+}
+
+void finish(nf_decoder &d, const nf::Kernels::Ops &ops, int64_t from, int64_t m, bool exact, float *logits) {
+    each_token(m, [&](int64_t t) {
+        ops.rms_norm(d.x + (from + t) * d.hidden, d.final_norm, d.eps, d.normed + t * d.hidden, d.hidden);
+    });
+    apply_list(&d.head, 1, d.normed, m, d.hidden, logits, d.vocab, exact);
+    if (d.logit_softcap > 0) each_token(m, [&](int64_t t) { ops.softcap(logits + t * d.vocab, d.logit_softcap, d.vocab); });
+}
+
+bool make_room(nf_decoder &d, int64_t tokens) {
+    if (tokens <= d.room) return true;
+    auto lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
+    const int64_t parts[] = {lines(d.hidden * tokens), lines(d.hidden * tokens), lines(d.qkv_width() * tokens),
+                             lines(d.heads * d.head_dim * tokens), lines(2 * d.ffn * tokens)};
+    int64_t total = 0;
+    for (int64_t part : parts) total += part;
+    d.room = 0;
+    if (!d.work.allocate(total * 4)) return false;
+    float *at = static_cast<float *>(d.work.data), **places[] = {&d.x, &d.normed, &d.qkv, &d.mixed, &d.wide};
+    for (int i = 0; i < 5; at += parts[i], i++) *places[i] = at;
+    d.room = tokens;
+    return true;
+}
+
+}  // namespace
+
+nf_decoder *nf_decoder_create(const nf_decoder_spec *spec, char *error) try {
+    if (const char *sentence = complaint(*spec)) return fail(error, sentence), nullptr;
+    auto *d = new nf_decoder();
+    static_cast<nf_decoder_spec &>(*d) = *spec;
+    d->stack.resize(static_cast<size_t>(spec->layers));
+    for (int64_t i = 0; i < spec->layers; i++) {
+        Layer &l = d->stack[static_cast<size_t>(i)];
+        static_cast<nf_decoder_layer &>(l) = spec->layer[i];
+        l.own.assign(l.linears, l.linears + l.qkv + l.o + l.gate_up + l.down);
+    }
+    return d;
+} catch (const std::bad_alloc &) {
+    return fail(error, "there is not enough memory for the decoder"), nullptr;
+}
+
+void nf_decoder_free(nf_decoder *d) { delete d; }
+
+int64_t nf_decoder_length(const nf_decoder *d) { return d->length; }
+
+int64_t nf_decoder_bytes(const nf_decoder *d) {
+    return d->cache.bytes + d->work.bytes + static_cast<int64_t>((d->cosine.size() + d->sine.size() + d->scratch.size()) * 4);
+}
+
+int nf_decoder_reserve(nf_decoder *d, int64_t positions, const float *cosine, const float *sine, char *error) try {
+    std::lock_guard<std::mutex> guard(d->busy);
+    if (positions < 1 || positions > 1 << 24) return fail(error, "the number of positions is not positive, or absurd");
+    const int64_t wanted = (positions + nf::kKeyBlock - 1) / nf::kKeyBlock * nf::kKeyBlock, old = d->plane();
+    if (wanted <= d->capacity) return 0;
+    std::vector<float> tables[2];
+    const float *given[] = {cosine, sine};
+    for (int i = 0; i < 2; i++) {
+        tables[i].resize(static_cast<size_t>(d->ropes * wanted * d->rotary));
+        for (int32_t r = 0; r < d->ropes; r++)
+            std::copy_n(given[i] + r * positions * d->rotary, positions * d->rotary, tables[i].data() + r * wanted * d->rotary);
+    }
+    Arena grown;
+    const int64_t planes = d->layers * d->kv_heads * 2, plane = wanted * d->head_dim;
+    if (!grown.allocate(planes * plane * 2)) return fail(error, "there is not enough memory for the key/value cache");
+    if (d->length)
+        for (int64_t i = 0; i < planes; i++)
+            std::copy_n(static_cast<uint16_t *>(d->cache.data) + i * old, old, static_cast<uint16_t *>(grown.data) + i * plane);
+    d->cache.swap(grown);
+    d->cosine.swap(tables[0]), d->sine.swap(tables[1]);
+    d->capacity = wanted;
+    return 0;
+} catch (const std::bad_alloc &) {
+    return fail(error, "there is not enough memory for the decoder's tables");
+}
+
+int nf_decoder_forward(nf_decoder *d, const int64_t *tokens, int64_t count, int64_t start, int mode, int all, float *logits,
+                       char *error) try {
+    std::lock_guard<std::mutex> guard(d->busy);
+    if (count < 1) return fail(error, "there are no tokens to run the decoder on");
+    if (start < 0 || start > d->length) return fail(error, "the tokens do not follow on what the decoder has seen");
+    if (start + count > d->capacity) return fail(error, "the decoder has no room for so many positions; reserve more");
+    for (int64_t i = 0; i < count; i++)
+        if (tokens[i] < 0 || tokens[i] >= d->vocab) return fail(error, "a token is outside the decoder's vocabulary");
+    if (!make_room(*d, std::min(count, kChunk))) return fail(error, "there is not enough memory for the decoder's work space");
+    const auto &ops = nf::kernels().ops;
+    d->length = start;
+    for (int64_t done = 0; done < count; done += kChunk) {
+        const int64_t m = std::min(kChunk, count - done);
+        each_token(m, [&](int64_t t) { embed(*d, tokens[done + t], d->x + t * d->hidden); });
+        run_layers(*d, ops, m, start + done, mode != 0);
+        d->length = start + done + m;
+        if (all) finish(*d, ops, 0, m, mode != 0, logits + done * d->vocab);
+        else if (done + m == count) finish(*d, ops, m - 1, 1, mode != 0, logits);
+    }
+    return 0;
+} catch (const std::bad_alloc &) {
+    return fail(error, "there is not enough memory for the decoder's work space");
+}

@@ -1,0 +1,148 @@
+// Few tokens: every byte of the matrix is decoded in registers and used at once; memory is the limit.
+#pragma once
+#include "kernels.h"
+
+namespace nf {
+namespace NF_ISA {
+
+constexpr int64_t kFewTokens = 8;
+
+// Results of 16 rows for one token, acc · row + bias → y; rows beyond the matrix left out.
+static inline void finish(const Layout &l, int64_t block, Floats acc, Floats row, float *y, const float *bias) {
+    const int64_t first = block * kRows, there = l.n - first < kRows ? l.n - first : kRows;
+    if (there == kRows) {
+        Vec::store_floats(y + first, Vec::fma(acc, row, bias ? Vec::load_floats(bias + first) : Vec::floats(0.0f)));
+        return;
+    }
+    alignas(64) float out[16], b[16] = {};
+    if (bias) __builtin_memcpy(b, bias + first, sizeof(float) * static_cast<size_t>(there));
+    Vec::store_floats(out, Vec::fma(acc, row, Vec::load_floats(b)));
+    __builtin_memcpy(y + first, out, sizeof(float) * static_cast<size_t>(there));
+}
+
+// What int8 sums of a row are multiplied by at the end.
+static inline Floats row_factor(const Layout &l, int64_t block) {
+    const Floats row = Vec::load_floats(l.row_scale + block * kRows);
+    return l.member_kind == Members::group ? row : Vec::mul(row, Vec::floats(l.c1[0]));
+}
+
+// The weights' factor of a group: scale · c1, or what there is of it. False where it is 1 for all rows.
+template <class T> static inline bool group_scale(const Layout &l, const Meta &m, int s, Floats *out) {
+    if constexpr (T::members && !T::two) {
+        *out = l.scale_bytes ? Vec::mul(m.scale[s], m.c1[s]) : m.c1[s];
+        return true;
+    }
+    if (l.scale_bytes) *out = m.scale[s];
+    return l.scale_bytes != 0;
+}
+
+// acc + (group's integer sums) · (weight scale · activation scale)
+template <class T> static inline Floats add_group(const Layout &l, const Meta &m, int s, bool scaled, Floats scale, Ints p, Ints p2,
+                                                  float x_scale, int32_t x_sum, Floats acc) {
+    Floats sum = Vec::to_floats(p);
+    if constexpr (T::two) {
+        sum = Vec::fma(m.c2[s], Vec::to_floats(p2), Vec::mul(m.c1[s], sum));  // exact: below 2**24
+    } else {
+        if (l.zero_bytes) sum = Vec::fnma(m.zero[s], Vec::floats(static_cast<float>(x_sum)), sum);  // exact as well
+    }
+    const Floats x = Vec::floats(x_scale);
+    return Vec::fma(sum, scaled ? Vec::mul(scale, x) : x, acc);
+}
+
+template <class T, int tokens> static inline void dots(const typename T::Tables &tables, const Layout &l, const Meta &meta,
+                                                       const uint8_t *code, const Acts &a, int64_t tile, const int64_t *token,
+                                                       Floats *acc) {
+    Bytes w[16];
+    T::index(code, meta, w);
+    Ints p[tokens][4], p2[T::two ? tokens : 1][4];
+    const int8_t *x[tokens];
+    for (int i = 0; i < tokens; i++) {
+        x[i] = a.codes + (tile * a.m + token[i]) * l.tile;
+        for (int q = 0; q < 4; q++) {
+            p[i][q] = Vec::ints(0);
+            if constexpr (T::two) p2[i][q] = Vec::ints(0);
+        }
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < T::count; j++) {
+        const Bytes level = tables.level(meta, j, w[j]);
+        for (int i = 0; i < tokens; i++) p[i][4 * j / T::count] = Vec::dot(p[i][4 * j / T::count], level, x[i] + 4 * j);
+        if constexpr (T::two) {
+            const Bytes level2 = tables.level2(w[j]);
+            for (int i = 0; i < tokens; i++) p2[i][4 * j / T::count] = Vec::dot(p2[i][4 * j / T::count], level2, x[i] + 4 * j);
+        }
+    }
+    const int bias = Vec::kBiased ? l.bias : 0, bias2 = Vec::kBiased ? l.bias2 : 0;
+    for (int i = 0; i < tokens; i++) {
+        const auto group = [&](int s, Ints sum, Ints sum2) {
+            const int64_t g = (tile * l.sub + s) * a.m + token[i];
+            Floats scale = Vec::floats(1.0f);
+            const bool scaled = group_scale<T>(l, meta, s, &scale);
+            sum = Vec::add(sum, Vec::ints(-bias * a.sum[g]));
+            if constexpr (T::two) sum2 = Vec::add(sum2, Vec::ints(-bias2 * a.sum[g]));
+            acc[i] = add_group<T>(l, meta, s, scaled, scale, sum, sum2, a.scale[g], a.sum[g], acc[i]);
+        };
+        Ints *r = p[i], *r2 = p2[T::two ? i : 0];
+        if (l.sub == 4) {
+            for (int s = 0; s < 4; s++) group(s, r[s], r2[s]);
+        } else {
+            r[0] = Vec::add(r[0], r[1]), r[2] = Vec::add(r[2], r[3]);
+            if constexpr (T::two) r2[0] = Vec::add(r2[0], r2[1]), r2[2] = Vec::add(r2[2], r2[3]);
+            if (l.sub == 2) {
+                group(0, r[0], r2[0]);
+                group(1, r[2], r2[2]);
+            } else {
+                if constexpr (T::two) r2[0] = Vec::add(r2[0], r2[2]);
+                group(0, Vec::add(r[0], r[2]), r2[0]);
+            }
+        }
+    }
+}
+
+template <class T, int tokens> static void block_of_rows(const typename T::Tables &tables, const MemberTables &members, const Layout &l,
+                                                         const Acts &a, int64_t block, const int64_t *token, Floats *acc) {
+    const uint8_t *code = l.code_stream + block * l.tiles * l.code_bytes;
+    const uint8_t *entry = l.meta_stream + block * l.metas() * l.meta_bytes;
+    Meta meta;
+    int64_t left = 0;
+    for (int i = 0; i < tokens; i++) acc[i] = Vec::floats(0.0f);
+    for (int64_t t = 0; t < l.tiles; t++, left--) {
+        if (left == 0) {
+            if (l.meta_bytes) {
+                load_meta<T::members, T::two>(l, members, entry, meta);
+                entry += l.meta_bytes;
+                prefetch(entry + kPrefetch / 4);
+            }
+            left = l.tiles_per_block;
+        }
+        for (int line = 0; line < 64 * stored_vectors(T::codes); line += 64) prefetch(code + kPrefetch + line);
+        dots<T, tokens>(tables, l, meta, code, a, t, token, acc);
+        code += l.code_bytes;
+    }
+}
+
+template <class T> static void few_tokens(const Layout &l, const Acts &a, float *y, int64_t ldy, const float *bias, int64_t from, int64_t to) {
+    const typename T::Tables tables(l, Vec::kBiased);
+    const MemberTables members(l);
+    for (int64_t block = from; block < to; block++) {
+        const Floats row = row_factor(l, block);
+        int64_t m = 0;
+        if constexpr (Vec::kTokens > 1) {
+            for (; a.m - m > 1; m += Vec::kTokens) {  // the last tokens are repeated to make the number full
+                int64_t token[Vec::kTokens];
+                Floats acc[Vec::kTokens];
+                for (int i = 0; i < Vec::kTokens; i++) token[i] = m + i < a.m ? m + i : a.m - 1;
+                block_of_rows<T, Vec::kTokens>(tables, members, l, a, block, token, acc);
+                for (int i = 0; i < Vec::kTokens && m + i < a.m; i++) finish(l, block, acc[i], row, y + (m + i) * ldy, bias);
+            }
+        }
+        for (; m < a.m; m++) {
+            Floats acc;
+            block_of_rows<T, 1>(tables, members, l, a, block, &m, &acc);
+            finish(l, block, acc, row, y + m * ldy, bias);
+        }
+    }
+}
+
+}  // namespace NF_ISA
+}  // namespace nf

@@ -1,0 +1,120 @@
+// Vectors of W numbers for the encoders, by the compiler's own vector types: one source for every instruction set. What those
+// types cannot say (rounding, tables, minima) stands here. Included by encode_isa.cpp alone, once for each instruction set.
+#pragma once
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace nf {
+namespace NF_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+typedef float V __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef float Loose __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(W), aligned(1), may_alias));
+
+static inline V load(const float *p) { return *reinterpret_cast<const Loose *>(p); }
+static inline void store(float *p, V v) { *reinterpret_cast<Loose *>(p) = v; }
+static inline V splat(float f) { return f - V{}; }
+static inline I splat(int32_t i) { return i - I{}; }
+static inline I bits(V v) { return reinterpret_cast<I>(v); }
+static inline V number(I i) { return reinterpret_cast<V>(i); }
+static inline V magnitude(V v) { return number(bits(v) & 0x7fffffff); }
+static inline void store_bytes(uint8_t *p, I v) { *reinterpret_cast<Bytes *>(p) = __builtin_convertvector(v, Bytes); }
+
+static inline bool any(I mask) {
+    int32_t all = 0;
+    for (int l = 0; l < W; l++) all |= mask[l];
+    return all != 0;
+}
+
+// Rounding to integers is exact: adding and subtracting 2^23 leaves what is smaller than that without its fraction.
+static inline V nearest_by_sum(V v) {
+    const V big = number((bits(v) & INT32_MIN) | bits(splat(8388608.0f)));
+    const V whole = (v + big) - big;
+    return magnitude(v) < 8388608.0f ? whole : v;
+}
+
+#if defined(__AVX512F__)
+// (with masks of all lanes: the unmasked forms of GCC 12 warn about the undefined vector in them)
+constexpr __mmask16 kAll = 0xffff;
+static inline V smaller(V a, V b) { return V(_mm512_maskz_min_ps(kAll, __m512(a), __m512(b))); }
+static inline V larger(V a, V b) { return V(_mm512_maskz_max_ps(kAll, __m512(a), __m512(b))); }
+static inline I smaller(I a, I b) { return I(_mm512_maskz_min_epi32(kAll, __m512i(a), __m512i(b))); }
+static inline I larger(I a, I b) { return I(_mm512_maskz_max_epi32(kAll, __m512i(a), __m512i(b))); }
+static inline V nearest(V v) { return V(_mm512_maskz_roundscale_ps(kAll, __m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+static inline V ceiling(V v) { return V(_mm512_maskz_roundscale_ps(kAll, __m512(v), _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)); }
+static inline V gather(const float *table, I index) {
+    return V(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), kAll, __m512i(index), table, 4));
+}
+#else
+static inline V smaller(V a, V b) { return a < b ? a : b; }
+static inline V larger(V a, V b) { return a > b ? a : b; }
+static inline I smaller(I a, I b) { return a < b ? a : b; }
+static inline I larger(I a, I b) { return a > b ? a : b; }
+#if defined(__AVX2__)
+static inline V nearest(V v) { return V(_mm256_round_ps(__m256(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+static inline V ceiling(V v) { return V(_mm256_ceil_ps(__m256(v))); }
+static inline V gather(const float *table, I index) { return V(_mm256_i32gather_ps(table, __m256i(index), 4)); }
+#else
+static inline V nearest(V v) { return nearest_by_sum(v); }
+static inline V ceiling(V v) {
+    const V whole = nearest_by_sum(v);
+    return whole + (whole < v ? splat(1.0f) : V{});
+}
+static inline V gather(const float *table, I index) { return V{table[index[0]], table[index[1]], table[index[2]], table[index[3]]}; }
+#endif
+#endif
+
+// A shift of all lanes: by a vector where that is one instruction, as shifts by a register are two there.
+#if defined(__AVX2__)
+typedef I Shift;
+static inline Shift shift_by(int32_t count) { return splat(count); }
+#else
+typedef int32_t Shift;
+static inline Shift shift_by(int32_t count) { return count; }
+#endif
+
+static inline V clamp(V v, float low, float high) { return smaller(larger(v, splat(low)), splat(high)); }
+
+// The first `n` numbers of W runs, side by side: out [n][W].
+static inline void side_by_side(const float *const *runs, int64_t n, bool absolute, float *out) {
+    const I keep = splat(absolute ? 0x7fffffff : -1);
+    for (int r = 0; r < W; r += 4) {
+        const float *const *from = runs + r;
+        int64_t j = 0;
+        for (; j + 4 <= n; j += 4) {
+            const Quad a = *reinterpret_cast<const Quad *>(from[0] + j), b = *reinterpret_cast<const Quad *>(from[1] + j);
+            const Quad c = *reinterpret_cast<const Quad *>(from[2] + j), d = *reinterpret_cast<const Quad *>(from[3] + j);
+            typedef int32_t Pick __attribute__((vector_size(16)));
+            const Quad ab = __builtin_shuffle(a, b, Pick{0, 4, 1, 5}), cd = __builtin_shuffle(c, d, Pick{0, 4, 1, 5});
+            const Quad ab2 = __builtin_shuffle(a, b, Pick{2, 6, 3, 7}), cd2 = __builtin_shuffle(c, d, Pick{2, 6, 3, 7});
+            float *to = out + j * W + r;
+            *reinterpret_cast<Quad *>(to) = __builtin_shuffle(ab, cd, Pick{0, 1, 4, 5});
+            *reinterpret_cast<Quad *>(to + W) = __builtin_shuffle(ab, cd, Pick{2, 3, 6, 7});
+            *reinterpret_cast<Quad *>(to + 2 * W) = __builtin_shuffle(ab2, cd2, Pick{0, 1, 4, 5});
+            *reinterpret_cast<Quad *>(to + 3 * W) = __builtin_shuffle(ab2, cd2, Pick{2, 3, 6, 7});
+        }
+        for (; j < n; j++) {
+            for (int l = 0; l < 4; l++) out[j * W + r + l] = from[l][j];
+        }
+    }
+    if (absolute) {
+        for (int64_t j = 0; j < n; j++) store(out + j * W, number(bits(load(out + j * W)) & keep));
+    }
+}
+
+}  // namespace NF_ISA
+}  // namespace nf

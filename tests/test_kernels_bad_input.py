@@ -1,0 +1,143 @@
+"""Bad input to the kernels: one sentence, no crash, and the next call works."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_abi import Linear, Planes, Refused
+from kernel_oracle import dense, sample
+
+from numfit.errors import OptionError
+from numfit.formats import format
+from numfit.native import ERROR_BYTES, isa, isa_names, library, set_isa, set_threads, threads
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the kernels were not built: no compiler at install")
+
+
+def one_sentence(message: str) -> None:
+    assert 10 < len(message) < ERROR_BYTES - 1 and "\n" not in message, message
+
+
+# -- the C interface ------------------------------------------------------------------------------------------------------
+
+
+def planes(name: str = "mant4-g32") -> Planes:
+    return Planes(sample(format(name), 18, 96, seed=0))
+
+
+MATRICES: dict[str, tuple[str, Callable[[Any], None], str]] = {
+    "no codes": ("mant4-g32", lambda m: setattr(m, "codes", None), "null"),
+    "no scales": ("mant4-g32", lambda m: setattr(m, "scale", None), "null"),
+    "no levels": ("mant4-g32", lambda m: setattr(m, "levels", None), "null"),
+    "no members": ("mant4-g32", lambda m: setattr(m, "member", None), "member"),
+    "no rows": ("int4-g32", lambda m: setattr(m, "rows", 0), "row"),
+    "negative rows": ("int4-g32", lambda m: setattr(m, "rows", -3), "row"),
+    "no columns": ("int4-g32", lambda m: setattr(m, "cols", 0), "column"),
+    "too many rows": ("int4-g32", lambda m: setattr(m, "rows", 1 << 40), "large"),
+    "no bits": ("int4-g32", lambda m: setattr(m, "bits", 0), "bits"),
+    "nine bits": ("int4-g32", lambda m: setattr(m, "bits", 9), "bits"),
+    "no grids": ("int4-g32", lambda m: setattr(m, "members", 0), "least one"),
+    "blocks of nothing": ("int4-g32", lambda m: setattr(m, "block", 0), "least one"),
+    "units of nothing": ("mant4-g32", lambda m: setattr(m, "unit", -1), "least one"),
+    "an unknown scale": ("int4-g32", lambda m: setattr(m, "scale_kind", 7), "scale"),
+    "a negative scale kind": ("int4-g32", lambda m: setattr(m, "scale_kind", -1), "scale"),
+    "a row scale with blocks": ("int4-g32", lambda m: setattr(m, "scale_kind", 0), "blocks"),
+    "a zero point with members": ("mant4-g32", lambda m: setattr(m, "zero", m.member), "exclude"),
+}
+
+
+@pytest.mark.parametrize("case", MATRICES)
+def test_impossible_matrices_are_refused(case: str) -> None:
+    name, change, word = MATRICES[case]
+    p = planes(name)
+    change(p.matrix)
+    with pytest.raises(Refused, match=word) as caught:
+        Linear(p)
+    one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("change", ["member", "e4m3", "e8m0", "e3m3", "code"])
+def test_damaged_planes_are_refused(change: str) -> None:
+    """Words that stand for no number, and members that there are not."""
+    if change == "code":
+        fmt = format("e4m3-g32")
+        bad = Planes(sample(fmt, 18, 96, seed=0, mute_codes=True))
+        assert (bad.parts["codes"] == 127).any()
+    else:
+        name = {"member": "ams-e2m2k5-g16", "e4m3": "int4-g32@e4m3", "e8m0": "int4-g32@e8m0", "e3m3": "int4-g32@e3m3"}[change]
+        bad = planes(name)
+        bad.parts["member" if change == "member" else "scale"][17, 1] = {"member": 2, "e4m3": 127, "e8m0": 255, "e3m3": 64}[change]
+    with pytest.raises(Refused, match="damaged") as caught:
+        Linear(bad)
+    one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize(("bits", "members", "unit"), [(8, 3, 16), (4, 33, 16), (7, 3, 16), (8, 2, 4), (5, 9, 4), (6, 5, 8)])
+def test_families_without_a_kernel_are_refused(bits: int, members: int, unit: int) -> None:
+    p = planes("mant4-g32")
+    levels = np.ones((members, 1 << bits), dtype=np.float32)
+    codes = np.zeros((18, 96 * bits // 8 + 1), dtype=np.uint8)
+    member = np.zeros((18, 96), dtype=np.uint8)
+    p.matrix.bits, p.matrix.members, p.matrix.unit = bits, members, unit
+    p.matrix.levels, p.matrix.codes, p.matrix.member = levels.ctypes.data, codes.ctypes.data, member.ctypes.data
+    with pytest.raises(Refused, match=f"{members} members of {bits}-bit codes have no kernel"):
+        Linear(p)
+
+
+def test_impossible_calls_are_refused() -> None:
+    q = sample(format("mant4-g32"), 18, 96, seed=0)
+    w = Linear(Planes(q))
+    x, y = np.ones((3, 96), dtype=np.float32), np.full((3, 18), 7, dtype=np.float32)
+    a, b = x.ctypes.data, y.ctypes.data
+    for bf16 in (False, True):
+        for arguments in ((a, 3, 95, b, 18, None, 0), (a, 3, 96, b, 17, None, 0), (a, -1, 96, b, 18, None, 0), (a, 3, 96, b, 18, None, 2),
+                          (a, 3, 96, b, 18, None, -1)):  # fmt: skip
+            with pytest.raises(Refused) as caught:
+                w.call(*arguments, bf16=bf16)
+            one_sentence(str(caught.value))
+    assert (y == 7).all()
+    for row in (-1, 18, 1 << 62, -(1 << 62)):
+        with pytest.raises(Refused, match=f"no row {row} in a matrix of 18"):
+            w.gather(np.array([0, row]))
+    error = ctypes.create_string_buffer(ERROR_BYTES)
+    lib = library()
+    assert lib is not None
+    assert lib.nf_apply(None, a, 3, 96, b, 18, None, 0, error) != 0 and error.value
+    assert lib.nf_gather(None, a, 0, b, error) != 0 and lib.nf_repack(None, error) is None
+    lib.nf_free(None)
+    np.testing.assert_allclose(w.apply(x, exact=True), x @ dense(q).T, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_instruction_sets_are_refused() -> None:
+    before = isa()
+    for name in ("mmx", "", "AVX2 ", "x" * 1000):
+        with pytest.raises(OptionError) as caught:
+            set_isa(name)
+        assert "portable" in str(caught.value)
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        lib = library()
+        assert lib is not None and lib.nf_set_isa(name.encode(), error) != 0
+        one_sentence(error.value.decode())
+    assert isa() == before and before in isa_names()
+
+
+def test_numbers_of_threads() -> None:
+    w = Linear(planes())
+    x = np.ones((40, 96), dtype=np.float32)
+    y = w.apply(x)
+    before = threads()
+    try:
+        for bad in (0, -1):
+            with pytest.raises(OptionError, match="at least 1"):
+                set_threads(bad)
+        for many in (64, 100_000):  # more than there are cores
+            set_threads(many)
+            assert 1 <= threads() <= many
+            for _ in range(20):
+                np.testing.assert_array_equal(w.apply(x), y)
+    finally:
+        set_threads(before)

@@ -1,0 +1,247 @@
+"""The native decoder against transformers on the same packed weights: all kinds that it serves, and its refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor
+
+from numfit import native
+from numfit.errors import OptionError
+from numfit.runtime import generate, load, native_decoder
+from numfit.runtime.generate import why_not_native
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the CPU kernels are not installed")
+
+LENGTH = 90  # tokens; more than two blocks of keys, and much more than any window here
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": False, "max_position_embeddings": 64}),  # and beyond
+    "llama-tied-biased": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-scaled-rope": ("LlamaConfig", {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32}}),
+    "llama-one-kv-head": ("LlamaConfig", {"num_key_value_heads": 1}),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": 37}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "phi3": ("Phi3Config", {}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 6, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 0.5,
+                                "final_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3TextConfig", {
+        "sliding_window": 5, "num_hidden_layers": 3, "query_pre_attn_scalar": 24, "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+}  # fmt: skip
+
+
+def tokens(count: int = LENGTH, seed: int = 7) -> Tensor:
+    return torch.randint(3, 96, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """kind → the packed model, loaded; made once."""
+    made: dict[str, Any] = {}
+
+    def one(kind: str, **options: Any) -> Any:
+        if kind not in made:
+            directory = tmp_path_factory.mktemp(kind)
+            if kind in KINDS:
+                tiny_models.KINDS["native"] = KINDS[kind]
+            tiny_models.build("native" if kind in KINDS else kind, directory / "plain")
+            tiny_models.pack(directory / "plain", directory / "packed", **options)
+            tiny_models.save_tokenizer(directory / "packed")
+            made[kind] = load(directory / "packed")
+        return made[kind]
+
+    return one
+
+
+def decoder_of(model: Any, exact: bool = True) -> native_decoder.NativeDecoder:
+    decoder, reason = native_decoder.build(model, exact=exact)
+    assert decoder is not None, reason
+    return decoder
+
+
+def reference(model: Any, ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids[None], use_cache=False).logits[0].float()
+
+
+def difference(have: Tensor, want: Tensor) -> float:
+    """Root mean square, relative to the spread."""
+    return float((have - want).square().mean().sqrt() / want.std())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers(make: Any, kind: str) -> None:
+    model, _ = make(kind)
+    want = reference(model, tokens())
+    have = decoder_of(model).logits(tokens())
+    assert difference(have, want) < 2e-3
+    assert difference(have[60:], want[60:]) < 2e-3  # far beyond the windows
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+def test_int8_activations_are_close(make: Any, kind: str) -> None:
+    model, _ = make(kind)
+    exact, rough = decoder_of(model).logits(tokens()), decoder_of(model, exact=False).logits(tokens())
+    assert 0 < difference(rough, exact) < 0.1
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gemma3"])
+def test_however_the_tokens_are_cut(make: Any, kind: str, exact: bool) -> None:
+    """All at once, one by one, in odd pieces: the same bits. So with any number of threads, and after going back."""
+    model, _ = make(kind)
+    ids, decoder = tokens(), decoder_of(model, exact)
+    whole = decoder.logits(ids)
+    for pieces in ([1] * LENGTH, [3, 1, 40, 17, 29]):
+        at = 0
+        for count in pieces:
+            assert torch.equal(decoder.forward(ids[at : at + count], at), whole[at + count - 1])
+            at += count
+    for threads in (1, 2, 3):
+        decoder.threads = threads
+        assert torch.equal(decoder.logits(ids), whole)
+    other = tokens(seed=8)
+    decoder.forward(other[:20], 50)  # something else from position 50 on
+    assert decoder.length == 70
+    assert torch.equal(decoder.forward(ids[50:], 50, every=True), whole[50:])
+
+
+def test_every_instruction_set_computes_the_same(make: Any) -> None:
+    model, _ = make("gemma3")
+    decoder, best = decoder_of(model), native.isa()
+    assert best is not None
+    want = decoder.logits(tokens())
+    try:
+        for name in native.isa_names():
+            native.set_isa(name)
+            assert torch.equal(decoder.logits(tokens()), want), name
+    finally:
+        native.set_isa(best)
+
+
+def test_longer_than_a_chunk_and_than_the_first_room(make: Any) -> None:
+    """More tokens than the loop takes at a time, then a cache that has to grow; the last logits follow from all."""
+    model, _ = make("llama-tied-biased")
+    ids, decoder = tokens(1500), decoder_of(model)
+    want = reference(model, ids)[-1]
+    decoder.forward(ids[:1000], 0)
+    before = decoder.nbytes
+    have = decoder.forward(ids[1000:], 1000)
+    assert decoder.nbytes > before
+    assert difference(have, want) < 2e-3
+
+
+@pytest.mark.parametrize("kept", ["embedding", "head"])
+def test_tables_that_are_not_packed(make: Any, tmp_path: Path, kept: str) -> None:
+    name = "embed_tokens" if kept == "embedding" else "lm_head"
+
+    def rule(tensor: str, chosen: str | None) -> str | None:
+        return "keep" if name in tensor else chosen
+
+    tiny_models.build("llama", tmp_path / "plain")
+    tiny_models.pack(tmp_path / "plain", tmp_path / "packed", rule=rule)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model, _ = load(tmp_path / "packed", dtype=dtype, tokenizer=False)
+        want = reference(model, tokens())
+        assert difference(decoder_of(model).logits(tokens()), want) < native_decoder.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.8}, {"temperature": 1.0}, {"temperature": 2.0}])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+def test_generates_what_transformers_generates(make: Any, kind: str, options: dict[str, float]) -> None:
+    model, tokenizer = make(kind)
+    texts: list[str] = []
+    prompt = "w5 w17 w80 w33 w9"
+    want = generate(model, tokenizer, prompt, max_tokens=20, seed=3, **options)
+    have = generate(model, tokenizer, prompt, max_tokens=20, seed=3, decoder=decoder_of(model), on_text=texts.append, **options)
+    assert (have.text, have.new_tokens, have.prompt_tokens) == (want.text, want.new_tokens, want.prompt_tokens)
+    assert "".join(texts).strip() == have.text.strip()
+    assert 0 < have.prompt_seconds <= have.seconds
+    assert 0 < want.prompt_seconds <= want.seconds
+    assert torch.get_num_threads() >= 1
+
+
+def test_stops_at_the_end_token_and_penalises_repetition(make: Any) -> None:
+    model, tokenizer = make("llama")
+    decoder, config = decoder_of(model), model.generation_config
+    first = generate(model, tokenizer, "w5 w6", max_tokens=30, decoder=decoder)
+    before = config.eos_token_id, config.repetition_penalty
+    try:
+        config.repetition_penalty = 1.3
+        have = generate(model, tokenizer, "w5 w6", max_tokens=30, decoder=decoder)
+        assert have.text == generate(model, tokenizer, "w5 w6", max_tokens=30).text != first.text
+        config.eos_token_id = [2, tokenizer.convert_tokens_to_ids(have.text.split()[4])]
+        short = generate(model, tokenizer, "w5 w6", max_tokens=30, decoder=decoder)
+        assert short.new_tokens == generate(model, tokenizer, "w5 w6", max_tokens=30).new_tokens <= 5
+    finally:
+        config.eos_token_id, config.repetition_penalty = before
+
+
+def test_what_only_transformers_does_is_named(make: Any) -> None:
+    model, _ = make("llama")
+    assert why_not_native(model.generation_config) is None
+    model.generation_config.no_repeat_ngram_size = 3
+    try:
+        assert "no_repeat_ngram_size=3" in str(why_not_native(model.generation_config))
+    finally:
+        model.generation_config.no_repeat_ngram_size = None
+
+
+@pytest.mark.parametrize(("kind", "word"), [("mixtral", "mlp"), ("gpt2", "structure"), ("olmo", "norm"), ("gpt-oss", "part")])
+def test_other_architectures_are_left_to_transformers(make: Any, kind: str, word: str) -> None:
+    model, _ = make(kind)
+    decoder, reason = native_decoder.build(model)
+    assert decoder is None and word in reason
+
+
+def test_plain_models_are_left_to_transformers(tmp_path: Path) -> None:
+    model = tiny_models.build("llama", tmp_path / "plain")
+    assert native_decoder.build(model) == (None, "the model's weights are not packed")
+
+
+@pytest.mark.parametrize("change", ["rope_type", "layer_types", "scaling", "activation", "norm", "wrapped"])
+def test_what_is_not_understood_is_refused(tmp_path: Path, change: str) -> None:
+    """A model whose code does something else than its structure promises: found out by its parts or by its logits."""
+    tiny_models.build("qwen2", tmp_path / "plain")
+    tiny_models.pack(tmp_path / "plain", tmp_path / "packed")
+    model, _ = load(tmp_path / "packed", tokenizer=False)
+    layer = model.model.layers[1]
+    if change == "rope_type":
+        model.config.rope_parameters["llama_4_scaling_beta"] = 0.1
+    elif change == "layer_types":
+        model.config.layer_types[1] = "chunked_attention"
+    elif change == "scaling":
+        layer.self_attn.scaling = 0.7
+    elif change == "activation":
+        layer.mlp.act_fn = torch.nn.ReLU()
+    elif change == "norm":
+        layer.input_layernorm = torch.nn.LayerNorm(64)
+    else:
+        forward = layer.mlp.forward
+        layer.mlp.forward = lambda x: 2 * forward(x)
+    if change == "wrapped":
+        with pytest.warns(UserWarning, match="disagrees with transformers"):
+            decoder, reason = native_decoder.build(model)
+    else:
+        decoder, reason = native_decoder.build(model)
+    assert decoder is None and reason
+
+
+def test_bad_input(make: Any) -> None:
+    model, _ = make("llama")
+    decoder = decoder_of(model)
+    for ids, start in (([], 0), ([96], 0), ([-1], 0), ([3], decoder.length + 1), ([3], -1)):
+        with pytest.raises(OptionError, match="one token or more"):
+            decoder.forward(ids, start)
+    with pytest.raises(OptionError, match="writes fp32 logits"):
+        decoder.forward([3], 0, out=torch.empty(5))
+    with pytest.raises(OptionError, match="writes fp32 logits"):
+        decoder.forward(torch.zeros(2, 2), 0)
