@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from numfit import native
+from numfit.cli.main import main
 from numfit.errors import OptionError
 from numfit.runtime import generate, load, native_decoder
 from numfit.runtime.generate import why_not_native
@@ -55,15 +57,17 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
             tiny_models.build("native" if kind in KINDS else kind, directory / "plain")
             tiny_models.pack(directory / "plain", directory / "packed", **options)
             tiny_models.save_tokenizer(directory / "packed")
-            made[kind] = load(directory / "packed")
+            made[kind] = load(directory / "packed", activations="exact")
         return made[kind]
 
     return one
 
 
 def decoder_of(model: Any, exact: bool = True) -> native_decoder.NativeDecoder:
-    decoder, reason = native_decoder.build(model, exact=exact)
+    decoder, reason = native_decoder.build(model)
     assert decoder is not None, reason
+    assert decoder.exact
+    decoder.exact = exact
     return decoder
 
 
@@ -149,7 +153,7 @@ def test_tables_that_are_not_packed(make: Any, tmp_path: Path, kept: str) -> Non
     tiny_models.build("llama", tmp_path / "plain")
     tiny_models.pack(tmp_path / "plain", tmp_path / "packed", rule=rule)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model, _ = load(tmp_path / "packed", dtype=dtype, tokenizer=False)
+        model, _ = load(tmp_path / "packed", dtype=dtype, tokenizer=False, activations="exact")
         want = reference(model, tokens())
         assert difference(decoder_of(model).logits(tokens()), want) < native_decoder.TOLERANCE[dtype]
 
@@ -245,3 +249,18 @@ def test_bad_input(make: Any) -> None:
         decoder.forward([3], 0, out=torch.empty(5))
     with pytest.raises(OptionError, match="writes fp32 logits"):
         decoder.forward(torch.zeros(2, 2), 0)
+
+
+def test_the_command_line_says_what_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("llama", "mixtral"):
+        tiny_models.build(kind, tmp_path / kind)
+        tiny_models.pack(tmp_path / kind, tmp_path / f"{kind}-packed")
+        tiny_models.save_tokenizer(tmp_path / f"{kind}-packed")
+        assert main(["run", str(tmp_path / f"{kind}-packed"), "--prompt", "w5 w6", "--max-tokens", "5", "--json"]) == 0
+        shown = capsys.readouterr()
+        out = json.loads(shown.out)
+        native_ran = kind == "llama"
+        assert out["decoder"] == ("native" if native_ran else "transformers")
+        assert (out["decoder_reason"] == "") == native_ran
+        assert ("transformers' own code runs, because its layers" in shown.err) != native_ran
+        assert out["prompt_tokens_per_second"] > 0

@@ -56,7 +56,7 @@ def broken(llama: Path, tmp_path: Path) -> Path:
 def test_logits_are_those_of_the_decoded_weights(kind: str, tmp_path: Path) -> None:
     original = build(kind, tmp_path / "source")
     plain = pack(tmp_path / "source", tmp_path / "packed", "int4-row" if kind in ("gpt2", "minimax") else "int4-g32")
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     got = logits(model)
     torch.testing.assert_close(got, logits(from_reference(plain)), atol=1e-5, rtol=0)
     assert (got - logits(original)).abs().max() > 1e-3, "quantizing must have changed something"
@@ -67,14 +67,14 @@ def test_every_kind_of_plane_loads(name: str, tmp_path: Path) -> None:
     build("llama", tmp_path / "source")
     some = ("0.mlp.up_proj", "1.self_attn.v_proj")
     plain = pack(tmp_path / "source", tmp_path / "packed", rule=lambda n, _: name if any(s in n for s in some) else None)
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     torch.testing.assert_close(logits(model), logits(from_reference(plain)), atol=1e-5, rtol=0)
 
 
 def test_embedding_kept_and_tied(tmp_path: Path) -> None:
     build("llama-tied", tmp_path / "source")
     plain = pack(tmp_path / "source", tmp_path / "packed", embedding="keep")
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.testing.assert_close(logits(model), logits(from_reference(plain)), atol=1e-5, rtol=0)
 
@@ -83,7 +83,7 @@ def test_both_tied_tensors_in_the_file_are_both_used(tmp_path: Path) -> None:
     build("llama", tmp_path / "source")
     plain = pack(tmp_path / "source", tmp_path / "packed")
     edit_config(tmp_path / "packed", lambda c: c.update(tie_word_embeddings=True))
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     torch.testing.assert_close(logits(model), logits(from_reference(plain)), atol=1e-5, rtol=0)
 
 
@@ -98,14 +98,14 @@ def test_what_the_pipeline_writes(kind: str, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     shutil.copytree(tmp_path / "source", plain)
     rewrite(plain, lambda tensors: tensors.update(decoded))
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     torch.testing.assert_close(logits(model), logits(from_reference(plain)), atol=1e-5, rtol=0)
 
 
 def test_one_expert_kept_among_packed_ones(tmp_path: Path) -> None:
     build("mixtral", tmp_path / "source")
     plain = pack(tmp_path / "source", tmp_path / "packed", rule=lambda name, fmt: "keep" if ".1.w1" in name else fmt)
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     torch.testing.assert_close(logits(model), logits(from_reference(plain)), atol=1e-5, rtol=0)
 
 
@@ -155,7 +155,7 @@ def test_what_transformers_rearranges(which: str, tmp_path: Path, monkeypatch: p
     plain = pack(tmp_path / "source", tmp_path / "packed", rule=lambda n, f: fine if any(m in n for m in moved) else f)
     conversion_mapping.get_checkpoint_conversion_mapping("llama")  # fills the cache that is patched
     monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [rule])
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     torch.testing.assert_close(logits(model), logits(from_reference(plain)), atol=1e-5, rtol=0)
 
 
@@ -176,7 +176,7 @@ def test_fused_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     conversion_mapping.get_checkpoint_conversion_mapping("phi3")
     monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "phi3", [rule])
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     torch.testing.assert_close(logits(model), logits(from_reference(plain)), atol=1e-5, rtol=0)
 
 
@@ -214,7 +214,7 @@ def test_sharded_files(broken: Path, llama: Path) -> None:
 def test_only_packed_tensors_stay_in_memory(kind: str, tmp_path: Path) -> None:
     build(kind, tmp_path / "source")
     pack(tmp_path / "source", tmp_path / "packed")
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     logits(model)
     rotary = {t.data_ptr(): t.nbytes for n, t in model.named_buffers() if "inv_freq" in n}
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
@@ -234,7 +234,7 @@ def test_tied_planes_are_held_once_and_move_together(llama: Path) -> None:
 def test_planes_keep_their_type(tmp_path: Path) -> None:
     build("llama-tied", tmp_path / "source")
     pack(tmp_path / "source", tmp_path / "packed", "nvfp4", embedding="int8-g32@bf16")  # float8, fp32 and bf16 planes
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     before = {name: t.clone() for name, t in model.state_dict().items() if "weight_" in name}
     assert len({t.dtype for t in before.values()}) >= 3
     for change in (lambda: nn.Module.half(model), lambda: nn.Module.to(model, torch.bfloat16)):
@@ -249,7 +249,7 @@ def test_planes_keep_their_type(tmp_path: Path) -> None:
 def test_no_parameter_is_left(tmp_path: Path) -> None:
     build("olmo", tmp_path / "source")
     pack(tmp_path / "source", tmp_path / "packed", embedding="int8-row")
-    model, _ = load(tmp_path / "packed", tokenizer=False, dtype="bfloat16")
+    model, _ = load(tmp_path / "packed", tokenizer=False, dtype="bfloat16", activations="exact")
     assert model.device.type == "cpu" and model.dtype == torch.bfloat16
     assert model.state_dict().keys() == load_file(tmp_path / "packed" / "model.safetensors").keys()
     model.load_state_dict(model.state_dict())
@@ -268,7 +268,7 @@ def test_deepcopy_stands_alone(llama: Path) -> None:
 def test_experts_are_decoded_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("mixtral", tmp_path / "source")
     pack(tmp_path / "source", tmp_path / "packed")
-    model, _ = load(tmp_path / "packed", tokenizer=False)
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts, QuantExperts)
     lazy = experts.gate_up_proj

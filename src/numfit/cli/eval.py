@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float32", help="float32 (default), bfloat16, float16, or auto (as config.json)"
     )
+    parser.add_argument(
+        "--activations", default="int8", choices=("int8", "exact", "reference"),
+        help="what computes packed layers on a CPU: kernels with int8 activations (default, as 'numfit run'), kernels with "
+        "exact ones, or PyTorch",
+    )  # fmt: skip
     parser.add_argument("--device", metavar="DEVICE", help="where to run, for instance cuda (default: the CPU)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument(
@@ -63,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     check_directory(args.model)
     with cpu_threads(args.threads):
         if args.reference is None:
-            result = evaluate(args.model, text, **options)
+            result = evaluate(args.model, text, activations=args.activations, **options)
         else:
             kept = Path(args.keep_reference) if args.keep_reference is not None else None
             with Reference(args.reference, text, directory=kept, **options) as reference:
-                result = evaluate(args.model, text, reference=reference, **options)
+                result = evaluate(args.model, text, reference=reference, activations=args.activations, **options)
     print(json.dumps(result, indent=1) if args.json else table(result))
     return 0
 
@@ -102,6 +107,8 @@ def table(result: dict[str, Any]) -> str:
                 else "not measured: the reference has no list of decoder layers",
             ),
         ]  # fmt: skip
+    for kernel, count in result["kernels"].items():
+        pairs.append(("computed by", f"{kernel}: {count} tensors, {result['activations']} activations"))
     pairs.append(("time", f"{result['seconds']:.1f} s, loading {result['load_seconds']:.1f} s, in {result['dtype']}"))
     return pair_table(pairs)
 

@@ -8,7 +8,11 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numfit.checkpoint import Checkpoint
+    from numfit.formats import Format
 
 NAME = "inspect"
 HELP = "what is in a numfit checkpoint: formats, sizes, errors; --verify re-reads every byte"
@@ -40,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         total = sum(entry["bytes"] for entry in read_manifest(directory)["files"].values())
         with Progress("verifying", 2 * total) as bar:  # files, then the tensors in them
             verified = verify(directory, bar.add)
-    result = describe(open_checkpoint(directory).manifest)
+    result = describe(open_checkpoint(directory))
     if args.json:
         print(json.dumps({**result, "verified": verified}, indent=1))
         return 0
@@ -55,8 +59,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest as the numbers that people ask for."""
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as the numbers that people ask for."""
+    manifest = checkpoint.manifest
+    by_name = {fmt.name: fmt for fmt in checkpoint.formats.values()}
     tensors, kept = manifest["tensors"], manifest["kept"]
     by_format: dict[str, list[dict[str, Any]]] = {}
     for entry in tensors.values():
@@ -73,6 +79,7 @@ def describe(manifest: Mapping[str, Any]) -> dict[str, Any]:
             name: {**_total(entries), "mean_error": sum(entry["error"] for entry in entries) / len(entries)}
             for name, entries in sorted(by_format.items())
         },
+        "kernels": {name: _kernel(by_name[name], entries[0]["shape"][-1]) for name, entries in sorted(by_format.items())},
         "embeddings": _total(e for e in [*tensors.values(), *kept.values()] if e["role"] in ("embedding", "head")),
         "kept": {reason: _total(entries) for reason, entries in sorted(reasons.items())},
         "dropped": manifest["dropped"],
@@ -89,6 +96,19 @@ def describe(manifest: Mapping[str, Any]) -> dict[str, Any]:
             for name, entry in sorted([*tensors.items(), *kept.items()])
         },
     }
+
+
+def _kernel(fmt: Format, columns: int) -> dict[str, Any]:
+    """What would compute a format on this machine's CPU, and the largest rounding of a level to int8 there."""
+    from numfit import native
+    from numfit.errors import NumfitError
+    from numfit.kernels import kernel_of
+
+    try:
+        kernel, rounding = kernel_of(fmt, columns)
+    except NumfitError as error:
+        return {"kernel": None, "reason": str(error), "isa": native.isa(), "rounding": None}
+    return {"kernel": kernel, "isa": native.isa(), "rounding": rounding}
 
 
 def _total(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -119,6 +139,10 @@ def _print(directory: Path, result: dict[str, Any], every: bool) -> None:
         Column("bits_per_weight", "bits/weight", ".4f"), megabytes, Column("mean_error", "mean error", ".3g"),
     ]  # fmt: skip
     print(text_table(rows, columns), summary(result["totals"]), sep="\n\n", end="\n\n")
+    for name, entry in result["kernels"].items():
+        exact = "levels exact" if entry["rounding"] == 0 else f"levels within {entry['rounding'] or 0:.2%} of the largest"
+        how = f"{entry['kernel']}, on {entry['isa']}, {exact} in int8" if entry["kernel"] else f"PyTorch, because {entry['reason']}"
+        print(f"{name} runs here by: {how}")
     for name, why in result["dropped"].items():
         print(f"not written: {name} ({why})")
     if every:

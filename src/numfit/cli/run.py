@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode-once", action="store_true", help="decode all weights first: faster, but as large as before")
     parser.add_argument("--dtype", default="auto", help="of activations: auto (as config.json), float32, bfloat16, float16")
     parser.add_argument("--device", metavar="DEVICE", help="where to run, for instance cuda (default: the CPU)")
+    parser.add_argument(
+        "--activations", default="int8", choices=("int8", "exact", "reference"),
+        help="what computes packed layers on a CPU: kernels with int8 activations (default), kernels with exact ones "
+        "(slower), or PyTorch (slowest)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
 
@@ -56,21 +61,26 @@ def run(args: argparse.Namespace) -> int:
 
 def _answer(args: argparse.Namespace, prompt: str) -> int:
     """Load, generate, print."""
-    from numfit.runtime import decode_model, generate, load
+    from numfit import native
+    from numfit.runtime import decode_model, generate, kernels_in_use, load, packed_bytes
 
     started = time.perf_counter()
     print(f"loading {args.model} …", end="", file=sys.stderr, flush=True)
     try:
-        model, tokenizer = load(args.model, dtype=args.dtype, device=args.device)
+        model, tokenizer = load(args.model, dtype=args.dtype, device=args.device, activations=args.activations)
     except BaseException:
         print(file=sys.stderr)
         raise
-    size = _megabytes(model)
+    size = packed_bytes(model) / 1e6
     if args.decode_once:
         decode_model(model)
-    grown = f", decoded to {_megabytes(model):.0f} MB" if args.decode_once else ""
+    grown = f", decoded to {packed_bytes(model) / 1e6:.0f} MB" if args.decode_once else ""
     print(f" {time.perf_counter() - started:.1f} s, {size:.0f} MB of weights{grown}", file=sys.stderr)
 
+    kernels = kernels_in_use(model)
+    for kernel, count in kernels.items():
+        how = "" if kernel.startswith("PyTorch") else f", {args.activations} activations on {native.isa()}"
+        print(f"{count} tensors: {kernel}{how}", file=sys.stderr)
     decoder, reason = _decoder(model)
     if reason:
         print(f"transformers' own code runs, because {reason}", file=sys.stderr)
@@ -94,6 +104,9 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
             "decode_tokens_per_second": round(result.decode_tokens_per_second, 3),
             "decoder": "native" if decoder else "transformers",
             "decoder_reason": reason,
+            "kernels": kernels,
+            "activations": args.activations,
+            "isa": native.isa(),
             "weights_bytes": round(size * 1e6),
         }
         print(json.dumps(out, ensure_ascii=False, indent=1))
@@ -115,8 +128,3 @@ def _decoder(model: Any) -> tuple[Any, str]:
     reason = why_not_native(model.generation_config)
     return (None, reason) if reason else build(model)
 
-
-def _megabytes(model: object) -> float:
-    """Parameters and buffers, shared ones counted once, in 10⁶ bytes."""
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}  # type: ignore[attr-defined]
-    return sum(tensors.values()) / 1e6

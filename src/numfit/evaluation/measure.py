@@ -22,6 +22,7 @@ from numfit.evaluation.metrics import divergence, summarize_divergence, summariz
 from numfit.evaluation.reference import Reference, as_text, check_directory, load_model, model_windows, release_memory
 from numfit.evaluation.scoring import dtype_name, score, scored_bytes
 from numfit.evaluation.sizes import bits_per_weight, model_bytes
+from numfit.runtime.modules import kernels_in_use
 from numfit.threads import cpu_threads
 
 
@@ -38,6 +39,7 @@ def evaluate(
     batch: int = 1,
     progress: bool = True,
     noise_floor: bool = True,
+    activations: str = "int8",
 ) -> dict[str, Any]:
     """Measure one model, quantized by numfit or not.
 
@@ -55,11 +57,12 @@ def evaluate(
         batch: windows a forward pass.
         progress: show progress on stderr.
         noise_floor: with a reference directory, also measure its self-noise floor.
+        activations: what computes packed layers on a CPU, see numfit.load: what is measured is what runs.
 
     Returns:
         A dict that json.dumps takes. Always: model, windows, context, bos, tokens (scored), bytes (of their text), nll
         (nats a token), ppl, bits_per_byte, bits_per_weight (None unless numfit quantized it), model_bytes (all weight
-        files), dtype, load_seconds, seconds. With a reference: reference, reference_ppl, reference_bits_per_byte,
+        files), dtype, activations, kernels (what computed the packed tensors → how many), load_seconds, seconds. With a reference: reference, reference_ppl, reference_bits_per_byte,
         kl_mean, kl_se (standard error of the mean), kl_median, kl_p90, kl_p99, kl_max (nats), top1 (share of positions
         with the same most probable token), noise_floor (None, or the same kl_… and top1 of the disturbed reference on
         the first window).
@@ -75,7 +78,7 @@ def evaluate(
         windows, context = 8 if windows is None else windows, 1024 if context is None else context
         if reference is None:
             with cpu_threads(threads):
-                return _evaluate(model_dir, content, None, windows, context, dtype, device, batch, progress)
+                return _evaluate(model_dir, content, None, windows, context, dtype, device, batch, progress, activations)
         check_directory(model_dir)  # noticed before the reference has run for minutes
         with (
             cpu_threads(threads),
@@ -84,7 +87,7 @@ def evaluate(
                 noise_floor=noise_floor, progress=progress,
             ) as shared,
         ):  # fmt: skip
-            return _evaluate(model_dir, content, shared, windows, context, dtype, device, batch, progress)
+            return _evaluate(model_dir, content, shared, windows, context, dtype, device, batch, progress, activations)
     n, length = reference.windows.shape
     if (windows is not None and windows != n) or (context is not None and context != length):
         raise OptionError(
@@ -92,7 +95,7 @@ def evaluate(
             f"{context or length}: make a Reference with the same windows"
         )
     with cpu_threads(threads):
-        return _evaluate(model_dir, content, reference, n, length, dtype, device, batch, progress)
+        return _evaluate(model_dir, content, reference, n, length, dtype, device, batch, progress, activations)
 
 
 def evaluate_many(
@@ -129,10 +132,11 @@ def _evaluate(
     device: Any,
     batch: int,
     progress: bool,
+    activations: str,
 ) -> dict[str, Any]:
     name, path = str(model_dir), Path(model_dir)
     begun = time.monotonic()
-    model, tokenizer = load_model(model_dir, dtype, device)
+    model, tokenizer = load_model(model_dir, dtype, device, activations)
     try:
         loaded = time.monotonic()
         ids, has_bos = model_windows(model, tokenizer, text, windows, context)  # [windows, context]
@@ -154,6 +158,7 @@ def _evaluate(
         losses = score(model, ids, compare, name=path.name or name, batch=batch, progress=progress)
         size = scored_bytes(tokenizer, ids)
         computed_in = str(model.dtype).removeprefix("torch.")
+        kernels = kernels_in_use(model)
     finally:
         del model
         release_memory()
@@ -168,6 +173,8 @@ def _evaluate(
         "bits_per_weight": bits_per_weight(path),
         "model_bytes": model_bytes(path),
         "dtype": computed_in,
+        "activations": activations if any("PyTorch" not in kernel for kernel in kernels) else "reference",
+        "kernels": kernels,
         "load_seconds": loaded - begun,
         "seconds": time.monotonic() - loaded,
     }

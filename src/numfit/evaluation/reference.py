@@ -54,7 +54,9 @@ def check_directory(directory: str | Path) -> Path:
     return path
 
 
-def load_model(directory: str | Path, dtype: str | torch.dtype, device: Any) -> tuple[Any, Any]:
+def load_model(
+    directory: str | Path, dtype: str | torch.dtype, device: Any, activations: str = "int8"
+) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of a numfit checkpoint or plain Hugging Face directory.
 
     Raises:
@@ -63,7 +65,7 @@ def load_model(directory: str | Path, dtype: str | torch.dtype, device: Any) -> 
     path = check_directory(directory)
     from numfit import runtime
 
-    return runtime.load(path, dtype=dtype_name(dtype), device=device)
+    return runtime.load(path, dtype=dtype_name(dtype), device=device, activations=activations)
 
 
 def model_windows(model: Any, tokenizer: Any, text: str, windows: int, context: int) -> tuple[Tensor, bool]:

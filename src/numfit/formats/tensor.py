@@ -76,6 +76,12 @@ class QuantizedTensor:
 
     def params(self) -> tuple[Tensor, Params]:
         """Unpack: (codes uint8 [R, K], parameters)."""
+        k = self.shape[-1]
+        codes = self.planes["codes"]
+        return unpack_bits(codes.reshape(-1, codes.shape[-1]), self.format.bits, k), self.parameters()
+
+    def parameters(self) -> Params:
+        """Unpack all but the codes."""
         fmt, k = self.format, self.shape[-1]
         g = fmt.geometry(k)
         rows = math.prod(self.shape[:-1])
@@ -95,14 +101,13 @@ class QuantizedTensor:
             value = plane(name)
             return value if value is None or _is_shared(fmt, name) else unpack_bits(value, bits, count)
 
-        codes = unpacked("codes", fmt.bits, k)
         word = unpacked("scale", 6, g.blocks) if _six_bits(fmt) else plane("scale")
-        assert codes is not None and word is not None
+        assert word is not None
         scale, member = from_word(fmt.scale, word, fmt.spare)
         if "member" in self.planes:
             member = unpacked("member", fmt.member_bits, g.units)
         zero, parent, palette = unpacked("zero", fmt.bits, g.blocks), plane("parent"), plane("palette")
-        return codes, Params(
+        return Params(
             scale,
             None if parent is None else parent.float(),
             member,

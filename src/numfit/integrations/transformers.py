@@ -31,7 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from numfit.checkpoint.packed import config_formats
 from numfit.errors import CheckpointError, OptionError
-from numfit.runtime.modules import decode_model, packed_modules
+from numfit.runtime.modules import activations_when_loaded, decode_model, packed_modules
 from numfit.runtime.prepare import Plan, fill, prepare, unwatch, watch
 
 METHOD = "numfit"
@@ -69,7 +69,7 @@ class NumfitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self.plan is not None
         unwatch(model, self.plan)
-        fill(model, self.plan)
+        fill(model, self.plan, activations_when_loaded.get())
         self.plan = None
         # state_dict_for_file reverts the names itself, since only it can tell planes from parameters
         self.conversions, model._weight_conversions = getattr(model, "_weight_conversions", None) or [], []

@@ -17,6 +17,7 @@ from numfit.checkpoint import open_source, resolve_model
 from numfit.checkpoint.source import TOKENIZER_FILES
 from numfit.errors import CheckpointError, OptionError, require
 from numfit.runtime.index import some
+from numfit.runtime.modules import check_activations, loading_with
 
 DTYPES = {
     "auto": None,
@@ -33,6 +34,7 @@ def load(
     device: torch.device | str | None = None,
     tokenizer: bool = True,
     progress: bool = False,
+    activations: str = "int8",
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
@@ -42,6 +44,9 @@ def load(
         device: where to; None stays on the CPU.
         tokenizer: False returns None in the tokenizer's place.
         progress: let transformers draw its progress bar.
+        activations: what computes packed linear layers on a CPU. "int8": the native kernels with activations quantized on the
+            fly; "exact": the kernels with fp32 activations, slower; "reference": PyTorch on decoded weights, slowest. What has
+            no kernel runs in PyTorch (`numfit.runtime.kernels_in_use` tells).
 
     Returns:
         (model in eval mode, tokenizer). Packed weights stay packed, and are frozen.
@@ -49,10 +54,11 @@ def load(
     Raises:
         CheckpointError: the directory is missing, damaged, incomplete, has tensors too many, is of an unknown format
             version, or of an architecture that the installed transformers does not know; or there is no tokenizer.
-        OptionError: an unknown dtype, or a device that this machine does not have.
+        OptionError: an unknown dtype or kind of activations, or a device that this machine does not have.
         MissingExtraError: transformers is not installed.
     """
     wanted, place = _dtype(dtype), _device(device)
+    check_activations(activations)
     path = resolve_model(directory)
     if path.is_file():
         raise CheckpointError(
@@ -62,7 +68,7 @@ def load(
     config = open_source(path).config()  # this judges all files by their headers
     transformers = require("transformers", "hf")
     check_architecture(path, config)
-    with _quiet(transformers, progress), _as_checkpoint_error(path):
+    with _quiet(transformers, progress), _as_checkpoint_error(path), loading_with(activations):
         model, account = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=wanted or "auto", trust_remote_code=False, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=True,  # so that they are listed, and refused below

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -23,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from numfit.errors import CheckpointError
-from numfit.formats import QuantizedTensor
-from numfit.kernels import embedding, linear
+from numfit.errors import CheckpointError, OptionError
+from numfit.kernels import ACTIVATIONS, embedding, linear
 from numfit.runtime.packed import LazyWeight, PackedParameter
 
 ANCHOR = "dtype_and_device"  # see `drop_anchor`
+activations_when_loaded: ContextVar[str] = ContextVar("activations_when_loaded", default="int8")
 
 
 class QuantModule(nn.Module):
@@ -38,24 +39,37 @@ class QuantModule(nn.Module):
     _packed_buffers: frozenset[str]  # those of them that were buffers
     _unpacked_class: type[nn.Module]
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _mine(self) -> list[PackedParameter]:
+        return [packed for packed in self._packed.values() if packed.home is self]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with _without_anchor(self):
-            super()._save_to_state_dict(*args, **kwargs)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        for packed in self._mine():  # in the order of the buffers, as if they were there
+            for index in packed.kernels:
+                destination.update({prefix + name: plane for name, plane in packed.planes(index).items()})
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        for packed in self._mine():
+            packed.to_planes()
         with _without_anchor(self):
             super()._load_from_state_dict(*args, **kwargs)
+        _settle(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
-        mine = [packed for packed in self._packed.values() if packed.home is self]
+        mine = self._mine()
+        if any(packed.kernels for packed in mine) and fn(torch.empty(0, dtype=torch.uint8)).device.type != "cpu":
+            for packed in mine:
+                packed.to_planes()
         planes = {name: self._buffers.pop(name) for packed in mine for name in packed.plane_names()}
         super()._apply(fn, recurse)
         for name, plane in planes.items():
-            assert plane is not None
-            moved = fn(plane)
-            self._buffers[name] = moved if moved.dtype == plane.dtype else plane.to(moved.device)
+            moved = None if plane is None else fn(plane)
+            kept = moved is None or plane is None or moved.dtype == plane.dtype
+            self._buffers[name] = moved if kept else plane.to(moved.device)  # type: ignore[union-attr]
         for packed in mine:
             packed.dtype = fn(torch.empty(0, dtype=packed.dtype)).dtype
+        _settle(self)
         return self
 
     def extra_repr(self) -> str:
@@ -64,6 +78,95 @@ class QuantModule(nn.Module):
             formats = sorted({piece.format.name if piece.format else "dense" for piece in packed.pieces})
             lines.append(f"{name}={'+'.join(formats)}")
         return ", ".join(line for line in lines if line)
+
+
+def _settle(module: QuantModule) -> None:
+    """Let the kernels have what is on the CPU, where `use_kernels` has asked for it."""
+    for packed in module._mine():
+        serves = isinstance(module, QuantLinear | QuantEmbedding) and not packed.transposed
+        if packed.activations is not None and serves and packed.device.type == "cpu":
+            packed.to_kernels()
+
+
+def check_activations(activations: str) -> None:
+    """Refuse a word that `use_kernels` does not know.
+
+    Raises:
+        OptionError: it is such a word.
+    """
+    if activations not in (*ACTIVATIONS, "reference"):
+        raise OptionError(f"activations are one of {', '.join(ACTIVATIONS)}, reference; not '{activations}'")
+
+
+@contextmanager
+def loading_with(activations: str) -> Iterator[None]:
+    """Models loaded inside get these activations, through whichever door they come."""
+    token = activations_when_loaded.set(activations)
+    try:
+        yield
+    finally:
+        activations_when_loaded.reset(token)
+
+
+def use_kernels(model: nn.Module, activations: str) -> None:
+    """Choose what runs packed linear layers and embeddings on a CPU, from now on and after moves between devices.
+
+    Args:
+        activations: "int8" or "exact" brings their weights into the layout of the native kernels; "reference" keeps, or
+            makes again, the planes of the file and computes in PyTorch.
+
+    Raises:
+        OptionError: another word.
+    """
+    check_activations(activations)
+    for _, module in packed_modules(model):
+        for packed in module._mine():
+            packed.activations = None if activations == "reference" else activations
+            if packed.activations is None:
+                packed.to_planes()
+        _settle(module)
+
+
+@contextmanager
+def exact_activations(model: nn.Module) -> Iterator[None]:
+    """While inside, kernels compute with exact activations."""
+    all_packed = [packed for _, module in packed_modules(model) for packed in module._mine()]
+    before = [packed.activations for packed in all_packed]
+    for packed in all_packed:
+        packed.activations = packed.activations and "exact"
+    try:
+        yield
+    finally:
+        for packed, activations in zip(all_packed, before, strict=True):
+            packed.activations = activations
+
+
+def kernels_in_use(model: nn.Module) -> dict[str, int]:
+    """What computes the packed weights of a model, in words → how many tensors of the file it serves."""
+    out: dict[str, int] = {}
+    for _, module in packed_modules(model):
+        for packed in module._mine():
+            for index, piece in enumerate(packed.pieces):
+                if piece.format is not None:
+                    kernel = packed.kernels.get(index)
+                    what = kernel.kernel if kernel else f"PyTorch ({_why(packed, index)})"
+                    out[what] = out.get(what, 0) + 1
+    return out
+
+
+def _why(packed: PackedParameter, index: int) -> str:
+    if packed.activations is None:
+        return "as asked for"
+    if index in packed.refused:
+        return packed.refused[index]
+    return f"weights on {packed.device}" if packed.device.type != "cpu" else "experts and transposed weights have no kernel"
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of parameters, buffers and matrices of kernels; what is shared counts once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    kernels = [k for _, m in packed_modules(model) for packed in m._mine() for k in packed.kernels.values()]
+    return sum(tensors.values()) + sum(k.nbytes for k in kernels)
 
 
 @contextmanager
@@ -89,10 +192,13 @@ class QuantLinear(QuantModule, nn.Linear):
         packed = self._packed["weight"]
         if packed.transposed:
             return F.linear(input, packed.decode(input.dtype), self.bias)
+        if packed.kernels and input.requires_grad and torch.is_grad_enabled():  # kernels have no backward pass
+            return F.linear(input, packed.decode(input.dtype), self.bias)
         parts = [packed.piece(index) for index in range(len(packed.pieces))]
-        if len(parts) == 1 and isinstance(parts[0], QuantizedTensor):
-            return linear(input, parts[0], self.bias)
-        outs = [linear(input, p) if isinstance(p, QuantizedTensor) else F.linear(input, p.to(input.dtype)) for p in parts]
+        mode = packed.activations or "exact"
+        if len(parts) == 1 and not isinstance(parts[0], Tensor):
+            return linear(input, parts[0], self.bias, mode)
+        outs = [F.linear(input, p.to(input.dtype)) if isinstance(p, Tensor) else linear(input, p, None, mode) for p in parts]
         out = torch.cat(outs, -1)
         return out if self.bias is None else out + self.bias
 
@@ -105,7 +211,7 @@ class QuantEmbedding(QuantModule, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         packed = self._packed["weight"]
         part = packed.piece(0)
-        if len(packed.pieces) == 1 and not packed.transposed and isinstance(part, QuantizedTensor):
+        if len(packed.pieces) == 1 and not packed.transposed and not isinstance(part, Tensor):
             return embedding(input, part, packed.dtype)
         return F.embedding(input, packed.decode())
 
@@ -190,6 +296,7 @@ def decode_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         del module._packed, module._packed_buffers, module._unpacked_class
         for name, packed in packed_parameters.items():
             if packed.home is module:
+                packed.kernels.clear()
                 for piece in packed.pieces:
                     for buffer in piece.buffers(packed.dtype):
                         delattr(module, buffer)

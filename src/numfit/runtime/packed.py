@@ -3,7 +3,8 @@
 One parameter of a model may be made of several tensors of the file (transformers fuses experts, and gate with up), or
 be a part or a permutation of the rows of one (a fused qkv that is split). So a `PackedParameter` is a list of `Piece`s,
 each a run of rows; where a kept tensor was fused with quantized ones, its piece is dense. The planes themselves are
-buffers of one module (its home), so that device moves and state dicts see them.
+buffers of one module (its home), so that device moves and state dicts see them; on a CPU, pieces that have a kernel are
+brought into its layout instead (`to_kernels`) and their planes given up, to be made again when somebody asks for them.
 
 `LazyWeight` is what other people's code gets when it asks a module for such a parameter: a tensor with the right shape,
 dtype and device that decodes itself when it is computed with. It makes every architecture work unchanged, at the price
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from numfit.errors import OptionError
+from numfit.errors import FormatError, OptionError
 from numfit.formats import Format, QuantizedTensor
+from numfit.kernels import PackedLinear
+from numfit.native import library
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,55 @@ class PackedParameter:
         transposed: the pieces hold it with the last two axes exchanged.
         dtype: what it decodes to when nobody says otherwise; follows the home's `.to(dtype)`.
         home: the module whose buffers hold the planes; tied modules share one PackedParameter.
+        activations: what the kernels do with activations, "int8" or "exact"; None where pieces shall stay planes.
+        kernels: index of each piece that is in the layout of the CPU kernels → the matrix.
+        refused: index of each piece that has no kernel → why.
     """
 
     def __init__(
         self, home: nn.Module, shape: tuple[int, ...], pieces: tuple[Piece, ...], dtype: torch.dtype, transposed: bool
     ) -> None:
         self.home, self.shape, self.pieces, self.dtype, self.transposed = home, shape, pieces, dtype, transposed
+        self.activations: str | None = None
+        self.kernels: dict[int, PackedLinear] = {}
+        self.refused: dict[int, str] = {}
+
+    def to_kernels(self) -> None:
+        """Bring every piece that has a kernel into its layout, one after the other, giving up its planes. CPU only."""
+        self.refused = {}
+        for index, piece in enumerate(self.pieces):
+            if piece.format is None or index in self.kernels:
+                continue
+            if library() is None:
+                self.refused[index] = "the CPU kernels are not installed"
+                continue
+            weight = self.piece(index)
+            assert isinstance(weight, QuantizedTensor)
+            try:
+                self.kernels[index] = PackedLinear.pack(weight)
+            except FormatError as error:
+                self.refused[index] = str(error)
+                continue
+            for name in piece.buffers(self.dtype):
+                self.home._buffers[name] = None
+
+    def planes(self, index: int) -> dict[str, Tensor]:
+        """The buffers of a piece that is in a kernel's layout, made again: name → tensor."""
+        piece = self.pieces[index]
+        values = self.kernels[index].unpack().planes
+        names = piece.buffers(self.dtype)
+        return {name: value.reshape(names[name][1]) for name, value in zip(names, values.values(), strict=True)}
+
+    def to_planes(self) -> None:
+        """Undo `to_kernels`."""
+        for index in list(self.kernels):
+            self.home._buffers.update(self.planes(index))
+            del self.kernels[index]
 
     @property
     def device(self) -> torch.device:
+        if self.kernels:
+            return torch.device("cpu")
         name = next(iter(self.pieces[0].buffers(self.dtype)))
         return self.home.get_buffer(name).device
 
@@ -78,8 +121,10 @@ class PackedParameter:
         """Names of the home's buffers that must keep their element type."""
         return [name for piece in self.pieces if piece.format is not None for name in piece.buffers(self.dtype)]
 
-    def piece(self, index: int) -> QuantizedTensor | Tensor:
-        """One piece as a matrix [rows, K]: packed, or dense."""
+    def piece(self, index: int) -> QuantizedTensor | PackedLinear | Tensor:
+        """One piece as a matrix [rows, K]: in the layout of a kernel, packed as in the file, or dense."""
+        if index in self.kernels:
+            return self.kernels[index]
         piece = self.pieces[index]
         buffers = self.home._buffers
         flat = (piece.rows, piece.shape[-1])
@@ -96,7 +141,9 @@ class PackedParameter:
             low, high = max(start - offset, 0), min(stop - offset, piece.rows)
             if low < high:
                 part = self.piece(index)
-                if isinstance(part, QuantizedTensor):
+                if isinstance(part, PackedLinear):
+                    parts.append(part.rows(slice(low, high)).to(dtype))
+                elif isinstance(part, QuantizedTensor):
                     part = part if high - low == piece.rows else part.select(slice(low, high))
                     parts.append(part.dequantize(dtype))
                 else:

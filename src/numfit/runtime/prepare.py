@@ -24,7 +24,7 @@ from numfit.checkpoint.safetensors_file import DTYPE_NAMES, TensorInfo, read_hea
 from numfit.errors import CheckpointError, FormatError, OptionError
 from numfit.formats import Format, QuantizedTensor
 from numfit.runtime.index import Target, map_tensors, some
-from numfit.runtime.modules import attach, drop_anchor, packed_modules
+from numfit.runtime.modules import attach, drop_anchor, packed_modules, use_kernels
 from numfit.runtime.packed import PackedParameter, Piece
 
 
@@ -224,8 +224,11 @@ def unwatch(model: Any, plan: Plan) -> None:
         )
 
 
-def fill(model: nn.Module, plan: Plan) -> None:
-    """Read every plane once, into the buffers of all parameters that use it, and freeze the model.
+def fill(model: nn.Module, plan: Plan, activations: str) -> None:
+    """Read every plane once, into the buffers of all parameters that use it, freeze the model, and hand it to the kernels.
+
+    Args:
+        activations: see `use_kernels`.
 
     Raises:
         CheckpointError: a file became shorter than its header said.
@@ -252,6 +255,7 @@ def fill(model: nn.Module, plan: Plan) -> None:
     model.requires_grad_(False)  # autograd would keep every decoded weight for a backward pass that cannot come
     plan.files.clear()
     plan.uses.clear()
+    use_kernels(model, activations)
 
 
 def _plane_names(fmt: Format) -> list[str]:

@@ -1,0 +1,264 @@
+"""`PackedLinear`: a quantized matrix in the layout of the native CPU kernels.
+
+The layout (cpu/layout.h) is made once, when a model is loaded, and is lossless: rows decode to the very numbers that the format
+defines, and `unpack` gives the file's planes back. So nobody has to keep both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numfit.errors import FormatError, OptionError
+from numfit.formats import Format, QuantizedTensor
+from numfit.formats.fit import family
+from numfit.formats.packing import pack_bits, unpack_bits
+from numfit.formats.scale import STORES, from_word, to_word, word_dtype
+from numfit.native import ERROR_BYTES, Matrix, library
+
+ACTIVATIONS = ("int8", "exact")  # positions are the modes of nf_apply
+_SCALE_KINDS = {"fp16": 1, "bf16": 2, "e8m0": 3, "e4m3": 4, "u8": 5, "e3m3": 6}  # enum nf_scale; 0: one fp32 a row
+
+
+class PackedLinear:
+    """A matrix [N, K] that the kernels own. Made by `pack`; freed with the object.
+
+    Attributes:
+        format: of the weights.
+        shape: (N, K).
+        handle: address of the `nf_linear`.
+        kernel: what decodes it, in words.
+        rounding: largest difference between an int8 level and the format's, over the largest level; 0 where levels are exact.
+    """
+
+    def __init__(self, fmt: Format, shape: tuple[int, int], handle: int, kept: dict[str, Tensor]) -> None:
+        lib = library()
+        assert lib is not None
+        self.format, self.shape, self.handle, self._kept, self._lib = fmt, shape, handle, kept, lib
+        self.kernel: str = lib.nf_linear_kernel(handle).decode()
+        self.rounding = float(lib.nf_linear_rounding(handle))
+
+    @staticmethod
+    def pack(weight: QuantizedTensor) -> PackedLinear:
+        """Bring a matrix on the CPU into the kernels' layout.
+
+        Raises:
+            FormatError: there is no kernel for it (the message says why), or its planes hold impossible values.
+            OptionError: it is on another device, is no matrix, or the library is not installed.
+        """
+        lib = library()
+        if lib is None:
+            raise OptionError("the CPU kernels are not installed; the reference path (QuantizedTensor) needs none")
+        if len(weight.shape) != 2:
+            raise OptionError(f"kernels take matrices [N, K], not a weight of shape {tuple(weight.shape)}")
+        if weight.planes["codes"].device.type != "cpu":
+            raise OptionError(f"the CPU kernels cannot use a weight on '{weight.planes['codes'].device}'; move it to the CPU")
+        matrix, alive, kept = _matrix(weight)
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        lib.nf_set_threads(torch.get_num_threads())
+        handle = lib.nf_repack(ctypes.byref(matrix), error)
+        del alive
+        if not handle:
+            raise FormatError(f"{weight.format.name} has no CPU kernel for {tuple(weight.shape)}: {error.value.decode()}")
+        return PackedLinear(weight.format, (weight.shape[0], weight.shape[1]), handle, kept)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._lib.nf_free(self.handle)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[QuantizedTensor]]:
+        return PackedLinear.pack, (self.unpack(),)  # copies and pickles go through the planes
+
+    def __repr__(self) -> str:
+        return f"PackedLinear({self.format.name}, shape={self.shape}, {self.kernel})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds in memory."""
+        return int(self._lib.nf_linear_bytes(self.handle)) + sum(plane.nbytes for plane in self._kept.values())
+
+    @property
+    def huge_pages(self) -> bool:
+        """Whether the system was asked for huge pages for it, and agreed."""
+        return bool(self._lib.nf_huge_pages(self.handle))
+
+    def apply(self, x: Tensor, bias: Tensor | None = None, activations: str = "int8") -> Tensor:
+        """x · Ŵᵀ + bias.
+
+        Args:
+            x: [..., K] on the CPU, any float type.
+            bias: [N].
+            activations: "int8" quantizes x on the fly, a scale per token and group of at most 64 columns; "exact" does not.
+                A token with NaN or Inf gets NaN results.
+
+        Returns:
+            [..., N] in the type of `x`; sums are fp32.
+
+        Raises:
+            OptionError: another device, another K, a bias of another size, an unknown mode, a gradient asked for.
+        """
+        n, k = self.shape
+        if x.shape[-1:] != (k,) or not x.is_floating_point():
+            raise OptionError(f"this matrix takes float activations [..., {k}], not {x.dtype} {tuple(x.shape)}")
+        if x.device.type != "cpu" or (bias is not None and bias.device.type != "cpu"):
+            raise OptionError(f"the CPU kernels cannot use activations on '{x.device}'; move model and inputs to one device")
+        if bias is not None and tuple(bias.shape) != (n,):
+            raise OptionError(f"a bias of this matrix has shape ({n},), not {tuple(bias.shape)}")
+        if activations not in ACTIVATIONS:
+            raise OptionError(f"activations are one of {', '.join(ACTIVATIONS)}, not '{activations}'")
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            raise OptionError("the CPU kernels have no backward pass; call them under torch.no_grad(), or decode the weights")
+        return torch.ops.numfit.linear(x, self.handle, n, bias, activations == "exact")
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """Decoded rows, bit for bit what `QuantizedTensor.dequantize` gives: fp32 [n, K].
+
+        Raises:
+            OptionError: a row that does not exist.
+        """
+        wanted = torch.arange(self.shape[0])[index] if isinstance(index, slice) else index.reshape(-1).long()
+        return torch.ops.numfit.rows(wanted, self.handle, self.shape[1])
+
+    def unpack(self) -> QuantizedTensor:
+        """The planes as the file had them."""
+        fmt, (n, k) = self.format, self.shape
+        g = fmt.geometry(k)
+        specs = fmt.planes((n, k))
+        codes = torch.empty((n, k), dtype=torch.uint8)
+        own_member = "member" in specs and "member" not in self._kept
+        spare = fmt.spare if "scale" not in self._kept else 0
+        member = torch.empty((n, g.units), dtype=torch.uint8) if own_member or spare else None
+        zero = torch.empty((n, g.blocks), dtype=torch.uint8) if "zero" in specs and "zero" not in self._kept else None
+        scale = None
+        if "scale" not in self._kept:
+            scale = torch.empty((n, g.blocks), dtype=torch.int16 if STORES[fmt.scale.store].bits == 16 else torch.uint8)
+        index = torch.arange(n)
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        if self._lib.nf_unpack(
+            self.handle, index.data_ptr(), n, codes.data_ptr(), *(_address(t) for t in (scale, member, zero)), error
+        ):
+            raise OptionError(error.value.decode())
+        planes = dict(self._kept)
+        planes["codes"] = pack_bits(codes, fmt.bits)
+        if scale is not None:
+            word = scale.view(word_dtype(fmt.scale, 0))
+            if spare:
+                word = to_word(fmt.scale, from_word(fmt.scale, word, 0)[0], member, spare)
+            planes["scale"] = pack_bits(word, 6) if _six_bits(fmt) else word
+        if own_member:
+            assert member is not None
+            planes["member"] = pack_bits(member, fmt.member_bits)
+        if zero is not None:
+            planes["zero"] = pack_bits(zero, fmt.bits)
+        return QuantizedTensor.from_planes(fmt, self.shape, {name: planes[name].reshape(specs[name].shape) for name in specs})
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _six_bits(fmt: Format) -> bool:
+    return STORES[fmt.scale.store].bits == 6 and not fmt.spare
+
+
+def _matrix(weight: QuantizedTensor) -> tuple[Matrix, list[Tensor], dict[str, Tensor]]:
+    """A weight as nf_matrix, the tensors it points to, and the planes that the kernels do not hold."""
+    fmt, (n, k) = weight.format, weight.shape
+    g, planes = fmt.geometry(k), weight.planes
+    params = weight.parameters()
+    grids = family(fmt, params)
+    kept = {name: plane for name, plane in planes.items() if name in ("parent", "palette")}
+    member, zero = params.member, params.zero
+    if member is not None and fmt.unit == "tensor":
+        grids, member, kept["member"] = (grids[int(member)],), None, planes["member"]
+    if zero is not None and fmt.block == "tensor":
+        kept["zero"] = planes["zero"]
+    if g.blocks == 1:  # a scale a row, or one for all
+        kind, kept["scale"], parent = 0, planes["scale"], None
+        scale = params.effective_scale().float().expand(n, 1)
+    else:
+        kind, parent = _SCALE_KINDS[fmt.scale.store], params.parent
+        word = planes["scale"]
+        if _six_bits(fmt):
+            scale = unpack_bits(word, 6, g.blocks)
+        else:
+            scale = to_word(fmt.scale, params.scale, None, 0) if fmt.spare else word  # without the member's bits
+    levels = torch.tensor([grid.levels for grid in grids], dtype=torch.float32)
+    parts: dict[str, Tensor | None] = {
+        "codes": planes["codes"],
+        "scale": scale,
+        "parent": None if parent is None else parent.float().expand(n, 1),
+        "member": None if member is None or len(grids) == 1 else member.to(torch.uint8),
+        "zero": None if zero is None else zero.to(torch.uint8).expand(n, g.blocks),
+        "levels": levels,
+    }
+    alive = {name: part.contiguous() for name, part in parts.items() if part is not None}
+    matrix = Matrix(n, k, fmt.bits, len(grids), g.block, g.unit, kind, 0)
+    for name, part in alive.items():
+        setattr(matrix, name, part.data_ptr())
+    return matrix, list(alive.values()), kept
+
+
+def kernel_of(fmt: Format, columns: int) -> tuple[str, float]:
+    """Which kernel serves rows of so many columns on this machine, and how exactly: (`kernel`, `rounding`) of PackedLinear.
+
+    Raises:
+        FormatError, OptionError: none does; the message says why.
+    """
+    specs = fmt.planes((1, columns))
+    planes = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    packed = PackedLinear.pack(QuantizedTensor(fmt, (1, columns), planes))
+    return packed.kernel, packed.rounding
+
+
+# -- torch operators: torch.compile and torch.export see calls with known shapes; the handle is a constant ---------------------
+
+_operators = torch.library.Library("numfit", "DEF")
+_operators.define("linear(Tensor x, int handle, int rows, Tensor? bias, bool exact) -> Tensor")
+_operators.define("rows(Tensor index, int handle, int columns) -> Tensor")
+
+
+def _linear(x: Tensor, handle: int, rows: int, bias: Tensor | None, exact: bool) -> Tensor:
+    lib = library()
+    assert lib is not None
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    out = torch.empty((len(flat), rows), dtype=dtype)
+    error = ctypes.create_string_buffer(ERROR_BYTES)
+    lib.nf_set_threads(torch.get_num_threads())
+    apply = lib.nf_apply_bf16 if dtype == torch.bfloat16 else lib.nf_apply
+    if apply(handle, flat.data_ptr(), len(flat), flat.shape[1], out.data_ptr(), rows, _address(bias), int(exact), error):
+        raise OptionError(error.value.decode())
+    return out.view(*x.shape[:-1], rows).to(x.dtype)
+
+
+def _rows(index: Tensor, handle: int, columns: int) -> Tensor:
+    lib = library()
+    assert lib is not None
+    index = index.contiguous()
+    out = torch.empty((len(index), columns))
+    error = ctypes.create_string_buffer(ERROR_BYTES)
+    lib.nf_set_threads(torch.get_num_threads())
+    if lib.nf_gather(handle, index.data_ptr(), len(index), out.data_ptr(), error):
+        raise OptionError(error.value.decode())
+    return out
+
+
+_operators.impl("linear", _linear, "CPU")
+_operators.impl("rows", _rows, "CPU")
+
+
+@torch.library.register_fake("numfit::linear", lib=_operators)
+def _linear_shape(x: Tensor, handle: int, rows: int, bias: Tensor | None, exact: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+@torch.library.register_fake("numfit::rows", lib=_operators)
+def _rows_shape(index: Tensor, handle: int, columns: int) -> Tensor:
+    return index.new_empty((index.shape[0], columns), dtype=torch.float32)
+
