@@ -494,4 +494,4 @@ def test_the_checkpoint_loads_and_equals_its_plain_conversion(tmp_path: Path, ki
 def _load(directory: Path) -> Any:
     from numfit.runtime.loading import load
 
-    return load(directory, tokenizer=False)[0]
+    return load(directory, tokenizer=False, activations="exact")[0]

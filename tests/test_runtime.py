@@ -29,8 +29,11 @@ import numfit
 from numfit.checkpoint import open_checkpoint
 from numfit.errors import CheckpointError, OptionError
 from numfit.kernels import embedding, linear, reference
-from numfit.runtime import decode_model, load
+from numfit.native import library
+from numfit.runtime import decode_model, kernels_in_use, load, packed_bytes, use_kernels
 from numfit.runtime.modules import QuantEmbedding, QuantExperts, QuantLinear
+
+needs_kernels = pytest.mark.skipif(library() is None, reason="the kernels were not built: no compiler at install")
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +217,7 @@ def test_sharded_files(broken: Path, llama: Path) -> None:
 def test_only_packed_tensors_stay_in_memory(kind: str, tmp_path: Path) -> None:
     build(kind, tmp_path / "source")
     pack(tmp_path / "source", tmp_path / "packed")
-    model, _ = load(tmp_path / "packed", tokenizer=False, activations="exact")
+    model, _ = load(tmp_path / "packed", tokenizer=False, activations="reference")
     logits(model)
     rotary = {t.data_ptr(): t.nbytes for n, t in model.named_buffers() if "inv_freq" in n}
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
@@ -291,12 +294,68 @@ def test_packed_weights_are_read_only(llama: Path) -> None:
 
 
 def test_decode_model(llama: Path) -> None:
-    model, _ = load(llama)
+    model, _ = load(llama, activations="reference")
     expected = logits(model)
     decode_model(model)
     assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
     assert not [name for name, _ in model.named_buffers() if "weight" in name]
     assert torch.equal(logits(model), expected)
+
+
+# -- the native kernels -----------------------------------------------------------------------------------------
+
+
+@needs_kernels
+def test_kernels_take_the_place_of_planes(llama: Path) -> None:
+    stored = load_file(llama / "model.safetensors")
+    model, _ = load(llama)
+    assert not [name for name, _ in model.named_buffers() if "weight" in name], "planes are kept beside the kernels' layout"
+    in_use = kernels_in_use(model)
+    assert sum(in_use.values()) == sum(name.endswith("_codes") for name in stored) and not any("PyTorch" in k for k in in_use)
+    state = model.state_dict()
+    for name, plane in stored.items():
+        if name.endswith(("_codes", "_scale")):
+            assert torch.equal(state[name].view(torch.uint8), plane.view(torch.uint8)), name
+    exact, _ = load(llama, activations="exact")
+    reference, _ = load(llama, activations="reference")
+    assert not any("PyTorch" not in k for k in kernels_in_use(reference))
+    want = logits(reference)
+    torch.testing.assert_close(logits(exact), want, atol=1e-5, rtol=0)
+    error = float((logits(model) - want).norm() / want.norm())
+    assert 1e-6 < error < 0.03, "int8 activations are in use, and cost no more than they should"
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+@needs_kernels
+def test_kernels_come_and_go(llama: Path) -> None:
+    model, _ = load(llama)
+    fast = logits(model)
+    size = packed_bytes(model)
+    use_kernels(model, "reference")
+    assert [name for name, _ in model.named_buffers() if "weight_codes" in name]
+    assert packed_bytes(model) <= size
+    plain = logits(model)
+    use_kernels(model, "int8")
+    assert torch.equal(logits(model), fast) and not torch.equal(fast, plain)
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model), fast) and not [name for name, _ in model.named_buffers() if "weight" in name]
+    nn.Module.half(model)
+    assert logits(model).dtype == torch.float16 and not [name for name, _ in model.named_buffers() if "weight" in name]
+    decode_model(model)
+    assert type(model.lm_head) is nn.Linear
+
+
+@needs_kernels
+def test_a_gradient_through_packed_layers(llama: Path) -> None:
+    model, _ = load(llama)
+    x = torch.randn(1, 5, model.config.hidden_size, requires_grad=True)
+    model(inputs_embeds=x).logits.sum().backward()
+    assert x.grad is not None and bool(torch.isfinite(x.grad).all()) and float(x.grad.abs().sum()) > 0
+
+
+def test_unknown_activations(llama: Path) -> None:
+    with pytest.raises(OptionError, match="int8, exact, reference"):
+        load(llama, activations="int4")
 
 
 # -- the reference kernels ----------------------------------------------------------------------------------------

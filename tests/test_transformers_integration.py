@@ -15,7 +15,7 @@ from tiny_models import IDS, KINDS, build, edit_config, from_reference, logits, 
 
 from numfit.errors import CheckpointError, OptionError
 from numfit.integrations import _RegistryFinder, install_lazy_transformers_hook
-from numfit.runtime import load
+from numfit.runtime import load, use_kernels
 from numfit.runtime.prepare import Plan, unwatch
 
 
@@ -107,6 +107,7 @@ def test_state_dict_names_are_those_of_the_file(packed: Path) -> None:
 def test_reference_in_bfloat16(packed: Path) -> None:
     """Trap 1: `model.to(bfloat16)` would round the rotary frequencies, which loading keeps in fp32."""
     model = from_pretrained(packed, dtype=torch.bfloat16)
+    use_kernels(model, "reference")
     plain = from_reference(packed.with_name("packed-reference"), dtype=torch.bfloat16)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert logits(model).dtype == torch.bfloat16 and torch.equal(logits(model), logits(plain))
@@ -114,6 +115,7 @@ def test_reference_in_bfloat16(packed: Path) -> None:
 
 def test_dequantize_and_save_plain(packed: Path, tmp_path: Path) -> None:
     model = from_pretrained(packed)
+    use_kernels(model, "reference")
     expected = logits(model)
     model.dequantize()
     model.save_pretrained(tmp_path / "plain")

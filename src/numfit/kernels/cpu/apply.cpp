@@ -50,6 +50,11 @@ Acts prepare(const Layout &l, const float *x, int64_t m, int64_t ldx, bool exact
 
 }  // namespace
 
+void *aligned_work(size_t bytes) {
+    thread_local Scratch scratch;
+    return scratch.get(bytes);
+}
+
 // Chunks of row blocks: small enough that threads end together, large enough that a chunk is a long ascending read.
 void apply_many(const Job *jobs, int count, const float *x, int64_t m, int64_t ldx, bool exact) {
     if (m == 0) return;
@@ -61,7 +66,8 @@ void apply_many(const Job *jobs, int count, const float *x, int64_t m, int64_t l
         while (end < count && same_geometry(l, *jobs[end].linear)) blocks += jobs[end++].linear->row_blocks;
         const Acts a = prepare(l, x, m, ldx, exact);
         const int64_t work = l.positions() * kRows * m;  // multiplications of a block
-        const int64_t chunk = std::max<int64_t>(1, std::min(blocks / (8 * nf_threads()), (int64_t{1} << 22) / work));
+        const int64_t most = m > 8 ? 8 : (int64_t{1} << 22) / work;  // many tokens: gemm.h has eight blocks take turns
+        const int64_t chunk = std::max<int64_t>(1, std::min(blocks / (8 * nf_threads()), most));
         const auto body = [&](int64_t i) {
             int64_t from = i * chunk, to = std::min(blocks, from + chunk);
             for (int j = first; j < end && to > 0; j++) {

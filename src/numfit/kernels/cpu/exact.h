@@ -15,15 +15,13 @@ template <int count> struct Count { static constexpr int n = count; };
 template <class T> static void exact_tokens(const Layout &l, const Acts &a, float *y, int64_t ldy, const float *bias, int64_t from, int64_t to) {
     const MemberTables members(l);
     alignas(64) float w[kExactRun][64 * 16];
-    constexpr int64_t kSums = 128;
-    alignas(64) float sums[kSums][4][16];
+    constexpr int64_t kExactSums = 128;
+    alignas(64) float sums[kExactSums][4][16];
     for (int64_t block = from; block < to; block++) {
         const Floats row = Vec::load_floats(l.row_scale + block * kRows);
-        for (int64_t first = 0; first < a.m; first += kSums) {
-            const int64_t end = first + kSums < a.m ? first + kSums : a.m;
-            Cursor at;
-            at.code = l.code_stream + block * l.tiles * l.code_bytes;
-            at.entry = l.meta_stream + block * l.metas() * l.meta_bytes;
+        for (int64_t first = 0; first < a.m; first += kExactSums) {
+            const int64_t end = first + kExactSums < a.m ? first + kExactSums : a.m;
+            Cursor at(l, block);
             Floats effective[4] = {row, row, row, row};
             for (int64_t t0 = 0; t0 < l.tiles; t0 += kExactRun) {
                 const int count = static_cast<int>(l.tiles - t0 < kExactRun ? l.tiles - t0 : kExactRun);

@@ -6,14 +6,14 @@ namespace nf {
 namespace NF_ISA {
 
 constexpr int kRun = 16;       // tiles decoded at a time: 16 KB of int8
-constexpr int kStep = 4;       // tokens that share a load of weights
+constexpr int kBlocks = 8;     // blocks of rows that take turns at a run, while its activations stay in the second cache level
+constexpr int64_t kSums = 512;  // tokens at a time
 
 // A decoded run of tiles of 16 rows.
 template <class T> struct Run {
     alignas(64) uint8_t first[kRun][16][64];
     alignas(64) uint8_t second[T::two ? kRun : 1][16][64];
-    struct Group { Floats scale, c1, c2, zero; } group[kRun * 4];
-    bool scaled;
+    Factors group[kRun * 4];
 };
 
 // Where decoding of a block of rows stands.
@@ -21,6 +21,9 @@ struct Cursor {
     const uint8_t *code, *entry;
     int64_t left = 0;
     Meta meta;
+    Cursor(const Layout &l, int64_t block)
+        : code(l.code_stream + block * l.tiles * l.code_bytes), entry(l.meta_stream + block * l.metas() * l.meta_bytes) {}
+    Cursor() = default;
 };
 
 template <class T> static void decode_run(const typename T::Tables &tables, const MemberTables &members, const Layout &l, int count,
@@ -40,37 +43,33 @@ template <class T> static void decode_run(const typename T::Tables &tables, cons
             Vec::store(run.first[t][j], tables.level(at.meta, j, w[j]));
             if constexpr (T::two) Vec::store(run.second[t][j], tables.level2(w[j]));
         }
-        for (int s = 0; s < l.sub; s++) {
-            auto &g = run.group[t * l.sub + s];
-            g.scale = Vec::floats(1.0f);
-            run.scaled = group_scale<T>(l, at.meta, s, &g.scale);
-            if constexpr (T::two) g.c1 = at.meta.c1[s], g.c2 = at.meta.c2[s];
-            if (l.zero_bytes) g.zero = at.meta.zero[s];
-        }
+        for (int s = 0; s < l.sub; s++) run.group[t * l.sub + s] = factors<T>(l, at.meta, s);
         at.code += l.code_bytes;
     }
-}
-
-template <class T> static inline Floats add_run_group(const Layout &l, const Run<T> &run, int g, Ints p, Ints p2, float x_scale,
-                                                      int32_t x_sum, Floats acc) {
-    Meta m;  // the same arithmetic as for few tokens
-    const auto &group = run.group[g];
-    if constexpr (T::two) m.c1[0] = group.c1, m.c2[0] = group.c2;
-    if (l.zero_bytes) m.zero[0] = group.zero;
-    return add_group<T>(l, m, 0, run.scaled, group.scale, p, p2, x_scale, x_sum, acc);
 }
 
 #if defined(__AMX_INT8__)
 #include "gemm_amx.h"
 #else
-// Tokens [token, token + kStep) of the run that starts at tile `t0`.
-template <class T> static void multiply(const Layout &l, const Run<T> &run, int64_t t0, int count, const Acts &a, int64_t token,
-                                        Floats *acc) {
+constexpr bool kBiasedRun = Vec::kBiased;
+constexpr int kStep = 4;  // tokens that share a load of weights
+
+struct TileConfig {  // nothing to set up here
+    explicit TileConfig(int) {}
+    ~TileConfig() {}
+};
+
+// sums [kStep][16] + tokens [token, token + kStep) times the run that starts at tile `t0`
+template <class T, bool scaled, bool zero> static void multiply(const Layout &l, const Run<T> &run, int64_t t0, int count, const Acts &a,
+                                                                int64_t token, float (*sums)[16]) {
     const int bias = Vec::kBiased ? l.bias : 0, bias2 = Vec::kBiased ? l.bias2 : 0;
     const int per_group = T::count / l.sub;
-    const int64_t last = a.m - 1;
     int64_t who[kStep];
-    for (int i = 0; i < kStep; i++) who[i] = token + i < last ? token + i : last;
+    Floats acc[kStep];
+    for (int i = 0; i < kStep; i++) {
+        who[i] = token + i < a.m ? token + i : a.m - 1;
+        acc[i] = Vec::load_floats(sums[i]);
+    }
     for (int t = 0; t < count; t++) {
         const int8_t *x[kStep];
         for (int i = 0; i < kStep; i++) x[i] = a.codes + ((t0 + t) * a.m + who[i]) * l.tile;
@@ -89,46 +88,49 @@ template <class T> static void multiply(const Layout &l, const Run<T> &run, int6
                     for (int i = 0; i < kStep; i++) p2[i] = Vec::dot(p2[i], w2, x[i] + 4 * j);
                 }
             }
+            const Factors &f = run.group[t * l.sub + s];
             for (int i = 0; i < kStep; i++) {
-                acc[i] = add_run_group<T>(l, run, t * l.sub + s, p[i], p2[i], a.scale[g + who[i]], a.sum[g + who[i]], acc[i]);
+                acc[i] = add_group<T>(f, scaled, zero, p[i], p2[i], a.scale[g + who[i]], a.sum[g + who[i]], acc[i]);
             }
         }
     }
+    for (int i = 0; i < kStep; i++) Vec::store_floats(sums[i], acc[i]);
 }
+#endif
 
 template <class T> static void many_tokens(const Layout &l, const Acts &a, float *y, int64_t ldy, const float *bias, int64_t from, int64_t to) {
-    const typename T::Tables tables(l, Vec::kBiased);
+    const typename T::Tables tables(l, kBiasedRun);
     const MemberTables members(l);
-    Run<T> run;
-    // sums of the block so far: [tokens][16], at most kSums tokens at a time
-    constexpr int64_t kSums = 512;
-    alignas(64) float sums[kSums][16];
-    for (int64_t block = from; block < to; block++) {
-        const Floats row = row_factor(l, block);
+    const TileConfig config(l.group);
+    struct Work {
+        Run<T> run;
+        Cursor at[kBlocks];
+        alignas(64) float sums[kBlocks][kSums][16];
+    };
+    auto *work = static_cast<Work *>(aligned_work(sizeof(Work)));
+    const auto step = is_scaled<T>(l) ? l.zero_bytes ? multiply<T, true, true> : multiply<T, true, false>
+                                      : l.zero_bytes ? multiply<T, false, true> : multiply<T, false, false>;
+    for (int64_t b0 = from; b0 < to; b0 += kBlocks) {
+        const int blocks = static_cast<int>(to - b0 < kBlocks ? to - b0 : kBlocks);
         for (int64_t first = 0; first < a.m; first += kSums) {
-            const int64_t end = first + kSums < a.m ? first + kSums : a.m;
-            Cursor at;
-            at.code = l.code_stream + block * l.tiles * l.code_bytes;
-            at.entry = l.meta_stream + block * l.metas() * l.meta_bytes;
+            const int64_t tokens = a.m - first < kSums ? a.m - first : kSums;
+            for (int b = 0; b < blocks; b++) work->at[b] = Cursor(l, b0 + b);
+            __builtin_memset(work->sums, 0, sizeof(work->sums[0]) * static_cast<size_t>(blocks));
             for (int64_t t0 = 0; t0 < l.tiles; t0 += kRun) {
                 const int count = static_cast<int>(l.tiles - t0 < kRun ? l.tiles - t0 : kRun);
-                decode_run<T>(tables, members, l, count, at, run);
-                for (int64_t m = first; m < end; m += kStep) {
-                    Floats acc[kStep];
-                    for (int i = 0; i < kStep; i++) {
-                        acc[i] = t0 && m + i < end ? Vec::load_floats(sums[m - first + i]) : Vec::floats(0.0f);
-                    }
-                    multiply<T>(l, run, t0, count, a, m, acc);
-                    for (int i = 0; i < kStep && m + i < end; i++) {
-                        if (t0 + count < l.tiles) Vec::store_floats(sums[m - first + i], acc[i]);
-                        else finish(l, block, acc[i], row, y + (m + i) * ldy, bias);
-                    }
+                for (int b = 0; b < blocks; b++) {
+                    decode_run<T>(tables, members, l, count, work->at[b], work->run);
+                    for (int64_t m = 0; m < tokens; m += kStep) step(l, work->run, t0, count, a, first + m, work->sums[b] + m);
+                }
+            }
+            for (int64_t m = 0; m < tokens; m++) {  // a token's results lie side by side
+                for (int b = 0; b < blocks; b++) {
+                    finish(l, b0 + b, Vec::load_floats(work->sums[b][m]), row_factor(l, b0 + b), y + (first + m) * ldy, bias);
                 }
             }
         }
     }
 }
-#endif
 
 }  // namespace NF_ISA
 }  // namespace nf

@@ -2,7 +2,9 @@
 // an A tile. The integer sums of a group come out through memory and are scaled and added as everywhere else, which costs
 // more than the products: 48 vector operations beside 16 cycles of the tile unit for 16 rows, tokens and 64 columns.
 
-constexpr int kRing = 4;  // groups under way between the tile unit and the vector units
+constexpr bool kBiasedRun = false;  // both factors are signed here
+constexpr int kStep = 16;           // tokens of an A tile
+constexpr int kRing = 4;            // groups under way between the tile unit and the vector units
 
 struct TileConfig {
     alignas(64) uint8_t bytes[64] = {};
@@ -51,56 +53,36 @@ template <class T, int set> static inline void group_sums(const Layout &l, const
     if constexpr (T::two) tile_product<1 - set>(x, l.tile, run.second[t][offset], ring.sums2[g % kRing][0]);
 }
 
-template <class T> static inline void scale_group(const Layout &l, const Run<T> &run, int g, const float *x_scale, const int32_t *x_sum,
-                                                  const Ring<T> &ring, Floats *acc) {
+template <class T, bool scaled, bool zero> static inline void scale_group(const Run<T> &run, int g, const float *x_scale,
+                                                                         const int32_t *x_sum, const Ring<T> &ring, Floats *acc) {
+    const Factors f = run.group[g];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < kStep; i++) {
         const Ints p = Vec::load_ints(ring.sums[g % kRing][i]);
         const Ints p2 = T::two ? Vec::load_ints(ring.sums2[T::two ? g % kRing : 0][i]) : p;
-        acc[i] = add_run_group<T>(l, run, g, p, p2, x_scale[i], l.zero_bytes ? x_sum[i] : 0, acc[i]);
+        acc[i] = add_group<T>(f, scaled, zero, p, p2, x_scale[i], zero ? x_sum[i] : 0, acc[i]);
     }
 }
 
-template <class T> static void many_tokens(const Layout &l, const Acts &a, float *y, int64_t ldy, const float *bias, int64_t from, int64_t to) {
-    const typename T::Tables tables(l, false);
-    const MemberTables members(l);
-    const TileConfig config(l.group);
-    static thread_local Run<T> run;
+// sums [16][16] + tokens [token, token + 16) times the run that starts at tile `t0`
+template <class T, bool scaled, bool zero> static void multiply(const Layout &l, const Run<T> &run, int64_t t0, int count, const Acts &a,
+                                                                int64_t token, float (*sums)[16]) {
     Ring<T> ring;
-    constexpr int64_t kSums = 512;
-    alignas(64) float sums[kSums][16];
-    for (int64_t block = from; block < to; block++) {
-        const Floats row = row_factor(l, block);
-        for (int64_t first = 0; first < a.m; first += kSums) {
-            const int64_t end = first + kSums < a.m ? first + kSums : a.m;
-            Cursor at;
-            at.code = l.code_stream + block * l.tiles * l.code_bytes;
-            at.entry = l.meta_stream + block * l.metas() * l.meta_bytes;
-            for (int64_t t0 = 0; t0 < l.tiles; t0 += kRun) {
-                const int count = static_cast<int>(l.tiles - t0 < kRun ? l.tiles - t0 : kRun), groups = count * l.sub;
-                decode_run<T>(tables, members, l, count, at, run);
-                for (int64_t m = first; m < end; m += 16) {
-                    Floats acc[16];
-                    for (int i = 0; i < 16; i++) acc[i] = t0 ? Vec::load_floats(sums[m - first + i]) : Vec::floats(0.0f);
-                    const auto x = [&](int g) { return a.codes + ((t0 + g / l.sub) * a.m + m) * l.tile; };
-                    const auto scale = [&](int g) {
-                        const int64_t place = (t0 * l.sub + g) * a.m + m;
-                        scale_group<T>(l, run, g, a.scale + place, a.sum + place, ring, acc);
-                    };
-                    for (int g = 0; g < groups; g += 2) {  // two groups ahead of the vector units
-                        group_sums<T, 0>(l, run, g, x(g), ring);
-                        if (g) scale(g - 2);
-                        if (g + 1 < groups) group_sums<T, 1>(l, run, g + 1, x(g + 1), ring);
-                        if (g) scale(g - 1);
-                    }
-                    const int last = (groups - 1) / 2 * 2;
-                    for (int g = last; g < groups; g++) scale(g);
-                    for (int i = 0; i < 16 && m + i < end; i++) {
-                        if (t0 + count < l.tiles) Vec::store_floats(sums[m - first + i], acc[i]);
-                        else finish(l, block, acc[i], row, y + (m + i) * ldy, bias);
-                    }
-                }
-            }
-        }
+    Floats acc[kStep];
+#pragma GCC unroll 16
+    for (int i = 0; i < kStep; i++) acc[i] = Vec::load_floats(sums[i]);
+    const int groups = count * l.sub;
+    const auto x = [&](int g) { return a.codes + ((t0 + g / l.sub) * a.m + token) * l.tile; };
+    const auto scale = [&](int g) __attribute__((always_inline)) {
+        const int64_t place = (t0 * l.sub + g) * a.m + token;
+        scale_group<T, scaled, zero>(run, g, a.scale + place, a.sum + place, ring, acc);
+    };
+    for (int g = 0; g < groups + 2; g += 2) {  // the tile unit is two groups ahead of the vector units
+        if (g < groups) group_sums<T, 0>(l, run, g, x(g), ring);
+        if (g + 1 < groups) group_sums<T, 1>(l, run, g + 1, x(g + 1), ring);
+        if (g) scale(g - 2);
+        if (g && g - 1 < groups) scale(g - 1);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kStep; i++) Vec::store_floats(sums[i], acc[i]);
 }

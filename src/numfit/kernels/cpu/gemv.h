@@ -26,27 +26,34 @@ static inline Floats row_factor(const Layout &l, int64_t block) {
     return l.member_kind == Members::group ? row : Vec::mul(row, Vec::floats(l.c1[0]));
 }
 
-// The weights' factor of a group: scale · c1, or what there is of it. False where it is 1 for all rows.
-template <class T> static inline bool group_scale(const Layout &l, const Meta &m, int s, Floats *out) {
-    if constexpr (T::members && !T::two) {
-        *out = l.scale_bytes ? Vec::mul(m.scale[s], m.c1[s]) : m.c1[s];
-        return true;
-    }
-    if (l.scale_bytes) *out = m.scale[s];
-    return l.scale_bytes != 0;
+// What a group's integer sums are multiplied by; parts that the format lacks are undefined.
+struct Factors {
+    Floats scale;  // scale · c1, or what there is of it
+    Floats c1, c2, zero;
+};
+
+template <class T> static inline bool is_scaled(const Layout &l) { return l.scale_bytes != 0 || (T::members && !T::two); }
+
+template <class T> static inline Factors factors(const Layout &l, const Meta &m, int s) {
+    Factors f;
+    if constexpr (T::two) f.c1 = m.c1[s], f.c2 = m.c2[s];
+    if constexpr (T::members && !T::two) f.scale = l.scale_bytes ? Vec::mul(m.scale[s], m.c1[s]) : m.c1[s];
+    else if (l.scale_bytes) f.scale = m.scale[s];
+    if (l.zero_bytes) f.zero = m.zero[s];
+    return f;
 }
 
 // acc + (group's integer sums) · (weight scale · activation scale)
-template <class T> static inline Floats add_group(const Layout &l, const Meta &m, int s, bool scaled, Floats scale, Ints p, Ints p2,
-                                                  float x_scale, int32_t x_sum, Floats acc) {
+template <class T> static inline Floats add_group(const Factors &f, bool scaled, bool zero, Ints p, Ints p2, float x_scale, int32_t x_sum,
+                                                  Floats acc) {
     Floats sum = Vec::to_floats(p);
     if constexpr (T::two) {
-        sum = Vec::fma(m.c2[s], Vec::to_floats(p2), Vec::mul(m.c1[s], sum));  // exact: below 2**24
+        sum = Vec::fma(f.c2, Vec::to_floats(p2), Vec::mul(f.c1, sum));  // exact: below 2**24
     } else {
-        if (l.zero_bytes) sum = Vec::fnma(m.zero[s], Vec::floats(static_cast<float>(x_sum)), sum);  // exact as well
+        if (zero) sum = Vec::fnma(f.zero, Vec::floats(static_cast<float>(x_sum)), sum);  // exact as well
     }
     const Floats x = Vec::floats(x_scale);
-    return Vec::fma(sum, scaled ? Vec::mul(scale, x) : x, acc);
+    return Vec::fma(sum, scaled ? Vec::mul(f.scale, x) : x, acc);
 }
 
 template <class T, int tokens> static inline void dots(const typename T::Tables &tables, const Layout &l, const Meta &meta,
@@ -76,11 +83,9 @@ template <class T, int tokens> static inline void dots(const typename T::Tables 
     for (int i = 0; i < tokens; i++) {
         const auto group = [&](int s, Ints sum, Ints sum2) {
             const int64_t g = (tile * l.sub + s) * a.m + token[i];
-            Floats scale = Vec::floats(1.0f);
-            const bool scaled = group_scale<T>(l, meta, s, &scale);
             sum = Vec::add(sum, Vec::ints(-bias * a.sum[g]));
             if constexpr (T::two) sum2 = Vec::add(sum2, Vec::ints(-bias2 * a.sum[g]));
-            acc[i] = add_group<T>(l, meta, s, scaled, scale, sum, sum2, a.scale[g], a.sum[g], acc[i]);
+            acc[i] = add_group<T>(factors<T>(l, meta, s), is_scaled<T>(l), l.zero_bytes != 0, sum, sum2, a.scale[g], a.sum[g], acc[i]);
         };
         Ints *r = p[i], *r2 = p2[T::two ? i : 0];
         if (l.sub == 4) {
@@ -111,11 +116,14 @@ template <class T, int tokens> static void block_of_rows(const typename T::Table
             if (l.meta_bytes) {
                 load_meta<T::members, T::two>(l, members, entry, meta);
                 entry += l.meta_bytes;
-                prefetch(entry + kPrefetch / 4);
+                prefetch(entry + kNear);
             }
             left = l.tiles_per_block;
         }
-        for (int line = 0; line < 64 * stored_vectors(T::codes); line += 64) prefetch(code + kPrefetch + line);
+        for (int line = 0; line < 64 * stored_vectors(T::codes); line += 64) {
+            prefetch_far(code + kFar + line);
+            prefetch(code + kNear + line);
+        }
         dots<T, tokens>(tables, l, meta, code, a, t, token, acc);
         code += l.code_bytes;
     }

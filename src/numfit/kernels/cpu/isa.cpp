@@ -86,7 +86,8 @@ static int64_t read(const uint8_t *p, int64_t bytes) {
     Ints sum[4] = {Vec::ints(0), Vec::ints(0), Vec::ints(0), Vec::ints(0)};
     for (int64_t i = 0; i + 256 <= bytes; i += 256) {
         for (int j = 0; j < 4; j++) {
-            prefetch(p + i + kPrefetch + 64 * j);
+            prefetch_far(p + i + kFar + 64 * j);
+            prefetch(p + i + kNear + 64 * j);
             sum[j] = Vec::add(sum[j], Vec::load_ints(reinterpret_cast<const int32_t *>(p + i + 64 * j)));
         }
     }

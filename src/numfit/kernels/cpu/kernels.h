@@ -15,8 +15,8 @@ struct Acts {
     float *exact = nullptr;
 };
 
-// The cache of one key/value head, fp16, and how it is looked at. Keys are transposed in blocks, so that a vector holds the same
-// dimension of neighbouring positions and a score needs no sum across a vector.
+// The cache of one key/value head, fp16, and how it is looked at. Keys are transposed in blocks, so that a vector holds the
+// same dimension of neighbouring positions and a score needs no sum across a vector.
 constexpr int kKeyBlock = 32;
 struct Attention {
     const uint16_t *keys;    // [positions / kKeyBlock][dim][kKeyBlock]
@@ -38,7 +38,8 @@ struct Kernels {
     // Pieces of a decoder (ops.inc); see decoder.cpp for what they are used for.
     struct Ops {
         void (*rms_norm)(const float *x, const float *gain, float eps, float *out, int64_t n);  // x may be out
-        void (*gated)(float *gate, const float *up, int activation, int64_t n);  // gate = act(gate) · up; 0: SiLU, 1: GELU (tanh)
+        // gate = act(gate) · up; activation 0: SiLU, 1: GELU (tanh)
+        void (*gated)(float *gate, const float *up, int activation, int64_t n);
         void (*add)(float *x, const float *y, int64_t n);                        // x += y
         void (*softcap)(float *x, float cap, int64_t n);                         // x = cap · tanh(x / cap)
         // rotate the halves of one head: a · cos - b · sin and b · cos + a · sin; cosine, sine [2 · half]
@@ -67,6 +68,9 @@ void parallel(int64_t count, void (*body)(void *, int64_t), void *state);
 template <class F> void parallel(int64_t count, const F &body) {
     parallel(count, [](void *f, int64_t i) { (*static_cast<const F *>(f))(i); }, const_cast<F *>(&body));
 }
+
+// Memory for one piece of work of the calling thread, aligned to a line; what it held before is lost. (apply.cpp)
+void *aligned_work(size_t bytes);
 
 // apply.cpp. Several matrices on the same input, in one go: activations are prepared once per geometry, row blocks of all
 // jobs are claimed together. Bit-identical for any number of threads.

@@ -31,7 +31,7 @@ namespace nf {
 
 constexpr int kRows = 16;
 constexpr int kEntries = 512;  // of a decode table: members << bits | code
-constexpr int kPrefetch = 1024;  // bytes ahead in the code stream
+constexpr int kFar = 4096, kNear = 512;  // bytes ahead in the code stream: into the second and the first cache level
 
 enum class Codes { b2, b3, b4, b5, b6, b8, triple };
 enum class Members { none, group, quad };  // how the member of a weight is found; triples carry their own

@@ -129,6 +129,7 @@ struct Vec {
 };
 
 static inline void prefetch(const uint8_t *p) { _mm_prefetch(reinterpret_cast<const char *>(p), _MM_HINT_T0); }
+static inline void prefetch_far(const uint8_t *p) { _mm_prefetch(reinterpret_cast<const char *>(p), _MM_HINT_T1); }
 
 }  // namespace NF_ISA
 }  // namespace nf

@@ -138,7 +138,8 @@ struct Vec {
     }
 };
 
-static inline void prefetch(const uint8_t *p) { __builtin_prefetch(p); }
+static inline void prefetch(const uint8_t *p) { __builtin_prefetch(p, 0, 3); }
+static inline void prefetch_far(const uint8_t *p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace NF_ISA
 }  // namespace nf

@@ -101,6 +101,7 @@ struct Vec {
 };
 
 static inline void prefetch(const uint8_t *) {}
+static inline void prefetch_far(const uint8_t *) {}
 
 }  // namespace NF_ISA
 }  // namespace nf
