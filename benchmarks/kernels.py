@@ -36,13 +36,13 @@ from typing import Any
 
 import peers
 import torch
-from numfit.kernels.packed import PackedLinear
 from peers import Absent, Peer
 from torch import Tensor
 
 import numfit
 from numfit import native
 from numfit.formats import encode, fit, format, pack
+from numfit.kernels.packed import PackedLinear
 
 TURN = 5  # timed calls of a contestant in a round
 FORMATS = ("int4-g64", "nf4-g64", "mant4-g64", "mant4-g32@e3m3", "fp4.25", "fp5.33", "pot3-g64", "pot2-g64")
@@ -109,22 +109,34 @@ def settle(limit: float = 0.2) -> None:
 
 
 def contest(contestants: list[Peer], rounds: int) -> dict[str, Timing]:
-    """Let them take turns; name → timing."""
+    """Let them take turns; name → timing.
+
+    Raises:
+        RuntimeError: one no longer computes what it did at the start, disturbed by another.
+    """
     position = {p.name: 0 for p in contestants}
     assert len(position) == len(contestants), "two contestants of one name"
     taken: dict[str, list[tuple[float, ...]]] = {p.name: [] for p in contestants}
+    products = {p.name: p.product() for p in contestants}
+
+    def turn(peer: Peer) -> tuple[float, ...]:
+        times = []
+        for _ in range(TURN + 1):
+            i = position[peer.name]
+            position[peer.name] = (i + 1) % peer.copies
+            start = time.perf_counter()
+            peer.call(i)
+            times.append(time.perf_counter() - start)
+        peer.park()
+        return tuple(times[1:])
+
     for number in range(rounds):
         for peer in random.Random(number).sample(contestants, len(contestants)):
             settle()
-            times = []
-            for _ in range(TURN + 1):
-                i = position[peer.name]
-                position[peer.name] = (i + 1) % peer.copies
-                start = time.perf_counter()
-                peer.call(i)
-                times.append(time.perf_counter() - start)
-            peer.park()
-            taken[peer.name].append(tuple(times[1:]))
+            taken[peer.name].append(peer.there(lambda peer=peer: turn(peer)))
+    for peer in contestants:
+        if not torch.equal(peer.product(), products[peer.name]):
+            raise RuntimeError(f"{peer.name} does not compute what it did before the others ran")
     return {p.name: Timing(p, tuple(taken[p.name])) for p in contestants}
 
 
@@ -361,15 +373,15 @@ def row(t: dict[str, Timing], peer: Peer) -> dict[str, Any]:
 
 def show(t: dict[str, Timing], names: list[str], unit: str, factor: float, operations: int = 0) -> None:
     """A line for each contestant; "×" is how many times as fast it is as the peer named there."""
-    against = [name for name in ("ggml Q4_0", "torch bf16 linear") if name in t]
+    against = [name for name in ("ggml Q4_0", "ggml Q4_0 without AMX", "torch bf16 linear") if name in t]
     speed = "GOP/s" if operations else "GB/s"
-    head = "".join(f"{'× ' + name:>20}" for name in against)
+    head = "".join(f"{'× ' + name:>24}" for name in against)
     print(f"{'':28}{unit:>9}{'p10':>9}{speed:>8}{'MB':>8}{'÷ roof':>8}{head}   error   loss  how")
     for name in names:
         one, roof = t[name], t.get(f"roof of {name}")
         rate = (operations or one.peer.bytes) / one.median / 1e9
         share = f"{roof.over(one):8.2f}" if roof else " " * 8
-        times = "".join(f"{t[other].over(one):20.2f}" for other in against)
+        times = "".join(f"{t[other].over(one):24.2f}" for other in against)
         print(
             f"{name:28}{one.median * factor:9.1f}{one.p10 * factor:9.1f}{rate:8.1f}{one.peer.bytes / 1e6:8.2f}{share}{times}"
             f"  {one.peer.error:.1e} {one.peer.loss:.3f}  {one.peer.note}"

@@ -87,7 +87,9 @@ class Llama:
         self.llama = llama
         params = llama.llama_model_default_params()
         params.load_mode, params.n_gpu_layers = llama.LLAMA_LOAD_MODE_NONE, 0
-        self.overrides = (Override * 2)(Override(rb"(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight$", layout), Override(None, None))
+        self.overrides = (Override * 2)(
+            Override(rb"(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight$", layout), Override(None, None)
+        )
         if layout is not None:
             params.tensor_buft_overrides = ctypes.cast(self.overrides, ctypes.c_void_p)
         self.model = llama.llama_model_load_from_file(str(path).encode(), params)

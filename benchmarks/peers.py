@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,20 @@ class Peer:
     park: Callable[[], object] = nothing  # puts its idle threads to sleep
     note: str = ""
     stored: int = 0  # bytes in a file, where they differ
+    home: ThreadPoolExecutor | None = None  # the one thread that may call it
+
+    def there(self, work: Callable[[], Any]) -> Any:
+        """Run something on the thread that may call it."""
+        return self.home.submit(work).result() if self.home else work()
+
+    def product(self) -> Tensor:
+        """Its product anew, by the last copy."""
+
+        def compute() -> Tensor:
+            self.call(self.copies - 1)
+            return self.result().clone()
+
+        return self.there(compute)
 
 
 def relative(y: Tensor, reference: Tensor) -> float:
@@ -72,9 +88,7 @@ def checked(peer: Peer, x: Tensor, w: Tensor, decoded: Tensor) -> Peer:
         RuntimeError: it does not compute the product with its own decoded weights; the bound of 3 % leaves room for
             activations in int8 with one scale for 256 columns or in bf16.
     """
-    y = torch.full_like(peer.result(), float("nan"))
-    peer.call(peer.copies - 1)
-    y.copy_(peer.result())
+    y = peer.product()
     error, loss = relative(y, x @ decoded.T), relative(y, x @ w.T)
     if not error < 0.03:
         raise RuntimeError(f"{peer.name} is off by {error:.3g} from the product with its own weights: not a peer")
@@ -141,6 +155,10 @@ _CPU: dict[str, tuple[Any, list[Any]]] = {
 class Ggml:
     """A CPU backend of ggml with a pool of `threads` threads.
 
+    It lives on a thread of its own: ggml configures AMX's tiles once in each of its threads and relies on that for ever, while
+    other libraries configure them for themselves and clear them, as they should; on a common thread ggml would meet an
+    illegal instruction.
+
     Raises:
         Absent: llama-cpp-python is not installed, or its libraries are not shared ones.
     """
@@ -161,6 +179,7 @@ class Ggml:
                 function.restype, function.argtypes = result, arguments
                 setattr(self, name.removeprefix("ggml_"), function)
         self.log_set(_quiet, None)
+        self.home = ThreadPoolExecutor(1)
         self.backend = self.backend_cpu_init()
         self.device = self.backend_get_device(self.backend)
         params = _PoolParams()
@@ -211,7 +230,7 @@ class Ggml:
         self.get_type_traits(code).contents.to_float(packed.data_ptr(), decoded.data_ptr(), n * k)
         return packed, decoded
 
-    def peer(self, w: Tensor, x: Tensor, kind: str, buffer_type: str, packed: Tensor, decoded: Tensor, rotate: int) -> Peer:
+    def peer(self, w: Tensor, x: Tensor, kind: str, buffer_type: str, packed: Tensor, rotate: int) -> Peer:
         """`mul_mat` of x fp32 [m, k] with w [n, k] as packed by `quantized`, in the buffer type of that name.
 
         Raises:
@@ -261,9 +280,9 @@ class Ggml:
             if compute(backend, plans[i]):
                 raise RuntimeError(f"ggml failed to compute {kind} in {buffer_type}")
 
-        peer = Peer(f"ggml {kind}", size, count, call, result, park=self.park, note=buffer_type)
+        peer = Peer(f"ggml {kind}", size, count, call, result, park=self.park, note=buffer_type, home=self.home)
         self._free_later(peer, context, buffers, plans)
-        return checked(peer, x, w, decoded)
+        return peer
 
     def _free_later(self, peer: Peer, context: int, buffers: list[int], plans: list[int]) -> None:
         """Frees ggml's memory with the Python object that uses it."""
@@ -284,7 +303,7 @@ def ggml_candidates(ggml: Ggml, w: Tensor, x: Tensor, kind: str, rotate: int) ->
     found = []
     for name in ggml.names:
         try:
-            found.append(ggml.peer(w, x, kind, name, packed, decoded, rotate))
+            found.append(checked(ggml.peer(w, x, kind, name, packed, rotate), x, w, decoded))
         except Absent:
             continue  # every type has its plain kernel
     return found
@@ -387,6 +406,9 @@ def bitsandbytes_nf4(w: Tensor, x: Tensor, rotate: int) -> Peer:
     Raises:
         Absent: bitsandbytes is not installed.
     """
+    # It would look for more kernels on the Hugging Face hub through a package `kernels`, and find our own kernels.py.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -414,15 +436,18 @@ def bitsandbytes_nf4(w: Tensor, x: Tensor, rotate: int) -> Peer:
 
     for i in range(count):
         call(i)  # the first call of a layer packs its weights for this processor
-    return checked(Peer("bitsandbytes NF4", size, count, call, lambda: out[0].float()), x, w, decoded)
+    return checked(
+        Peer("bitsandbytes NF4", size, count, call, lambda: out[0].float(), note="its installed kernels"), x, w, decoded
+    )
 
 
 def probe(buffer_type: str) -> None:
     """One small product in a buffer type, of many tokens and of one; the process dies if it must."""
     ggml = Ggml(2, probe=False)
     w = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    packed, decoded = ggml.quantized(w, "Q4_0")
     for x in (w[:33].contiguous(), w[:1].contiguous()):
-        ggml.peer(w, x, "Q4_0", buffer_type, *ggml.quantized(w, "Q4_0"), 1)
+        checked(ggml.peer(w, x, "Q4_0", buffer_type, packed, 1), x, w, decoded)
 
 
 if __name__ == "__main__":

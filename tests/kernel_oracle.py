@@ -47,7 +47,8 @@ def stored_scales(fmt: Format, shape: tuple[int, ...], rng: np.random.Generator,
         return np.where(np.arange(shape[0])[:, None] % 2 == 0, mixed[:, :1], mixed)
     store = fmt.scale.store
     if kind == "pow2":
-        return _pick(rng, {"u8": [1, 2, 4], "e3m3": [0.5, 1, 2]}.get(store, [0.25, 0.5, 1]), shape).astype(np.float32)
+        powers = [1.0, 2.0, 4.0] if store == "u8" else [0.5, 1.0, 2.0]
+        return _pick(rng, powers, shape).astype(np.float32)
     if store in ("fp16", "bf16"):
         if kind == "plain":
             value = np.exp(rng.uniform(-7, -2, shape))
@@ -71,9 +72,7 @@ def stored_scales(fmt: Format, shape: tuple[int, ...], rng: np.random.Generator,
     return (word if store == "u8" else _e3m3(word)).astype(np.float32)
 
 
-def sample(
-    fmt: Format, rows: int, k: int, seed: int = 0, kind: str = "plain", mute_codes: bool = False
-) -> QuantizedTensor:
+def sample(fmt: Format, rows: int, k: int, seed: int = 0, kind: str = "plain", mute_codes: bool = False) -> QuantizedTensor:
     """A tensor of random planes: any code, any member, any zero point, scales of `kind` (one of KINDS).
 
     Codes that stand for no number (Inf, NaN) appear only with `mute_codes`.
@@ -235,7 +234,9 @@ def expected_int8(q: QuantizedTensor, x: np.ndarray, bias: np.ndarray | None, ro
     groups = group[-1] + 1
     parent = q.params()[1].parent
     outer = 1.0 if parent is None else float(parent.abs().max()) * 4096  # what sums are multiplied by at the end
-    under = TINY * (2.0**21 * groups * max(1.0, outer * max_level(q.format)) + np.abs(value).sum(1, keepdims=True) * max_level(q.format))
+    under = TINY * (
+        2.0**21 * groups * max(1.0, outer * max_level(q.format)) + np.abs(value).sum(1, keepdims=True) * max_level(q.format)
+    )
     return _with_bias(y, size, (groups + 8) * U, slack + under, bias)
 
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_abi import POISON, Fenced, Linear, Planes, Refused, bf16_bits, from_bf16_bits
@@ -36,7 +35,7 @@ from kernel_oracle import (
 )
 
 from numfit.formats import Format, Grid, QuantizedTensor, Scale, bases, format
-from numfit.formats.grid import minifloat, shared_mantissa
+from numfit.formats.grid import shared_mantissa
 from numfit.formats.scale import STORES
 from numfit.native import isa_names, library, set_isa, set_threads
 
@@ -46,17 +45,18 @@ BEST = ISAS[-1] if ISAS else ""
 
 NAMES = [
     *bases(), "mant4-g32@e3m3", "mant4-g64@u8", "mant4-row", "mant4-g128", "mant4-g48", "ams-e2m2k4-g128", "fp5.33-g64@bf16",
-    "fp5.33-g96", "ams-e2m2k4-g20", "ams-e4m3k5-g16@u8", "ams-e2m2k8-g64", "razer4-g64@fp16", "razer4-g16@e4m3", "razer4-g32@bf16",
-    "if4-g32@fp16", "nf4-g64@bf16", "int4-tensor", "int4-row", "uint4-tensor@bf16", "uint3-g16@e3m3", "uint8-g32@e8m0",
-    "fp4.25-tensor", "ant4-g32@e4m3", "int6-g32@e8m0", "int3-g24", "int5-g7@u8", "pot2-g1", "mantsv4-g16@e3m3", "e3m2-g128@e4m3",
+    "fp5.33-g96", "ams-e2m2k4-g20", "ams-e4m3k5-g16@u8", "ams-e2m2k8-g64", "razer4-g64@fp16", "razer4-g16@e4m3",
+    "razer4-g32@bf16", "if4-g32@fp16", "nf4-g64@bf16", "int4-tensor", "int4-row", "uint4-tensor@bf16", "uint3-g16@e3m3",
+    "uint8-g32@e8m0", "fp4.25-tensor", "ant4-g32@e4m3", "int6-g32@e8m0", "int3-g24", "int5-g7@u8", "pot2-g1",
+    "mantsv4-g16@e3m3", "e3m2-g128@e4m3",
 ]  # fmt: skip
 # Levels that are whole multiples, at most 127, of one number: int8 sums are exact.
 EXACT = [
     *(f"int{b}-g{g}" for b in range(2, 9) for g in (32, 64, 128)), *(f"uint{b}-g64" for b in range(2, 9)), "uint4-g128@u8",
     "int4-row", "int4-tensor", "uint8-row", "int4-g20", "int8-g100@bf16", "int4-g64@e8m0", "int4-g16@e4m3", "int4-g32@e3m3",
-    "e1m1", "e2m0", "e2m1", "e2m2", "e2m3", "e2m4", "e1m2", "mxfp4", "mxfp6-e2m3", "nvfp4", "mxint8", "fp4.25", "fp5.33", "fp4.25-g64",
-    "fp5.33-g96", "fp5.33-g64@u8", "ams-e2m1k4", "ams-e2m2k4-g128", "ams-e2m2k4-g20", "pot2", "pot3", "pot2-g32@e8m0", "pot3-log-g64@u8",
-    "mant4", "mant4-g32@e3m3", "mant4-g128@u8", "mant4-row", "mant4s",
+    "e1m1", "e2m0", "e2m1", "e2m2", "e2m3", "e2m4", "e1m2", "mxfp4", "mxfp6-e2m3", "nvfp4", "mxint8", "fp4.25", "fp5.33",
+    "fp4.25-g64", "fp5.33-g96", "fp5.33-g64@u8", "ams-e2m1k4", "ams-e2m2k4-g128", "ams-e2m2k4-g20", "pot2", "pot3",
+    "pot2-g32@e8m0", "pot3-log-g64@u8", "mant4", "mant4-g32@e3m3", "mant4-g128@u8", "mant4-row", "mant4s",
 ]  # fmt: skip
 TOKENS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 17, 33, 70)
 
@@ -128,7 +128,9 @@ def test_every_format_is_within_its_bound(name: str) -> None:
         unrounded.check(first, (name, n, k, "step"))
 
 
-@pytest.mark.parametrize("name", ["int4-g64", "mant4", "nf4", "fp5.33", "fp4.25", "uint4-g128", "int8-g128", "pot2", "bitmod3", "mant4-g32@e3m3"])
+@pytest.mark.parametrize(
+    "name", ["int4-g64", "mant4", "nf4", "fp5.33", "fp4.25", "uint4-g128", "int8-g128", "pot2", "bitmod3", "mant4-g32@e3m3"]
+)
 def test_long_rows_and_many_tokens(name: str) -> None:
     """More tiles and more tokens than any kernel holds at a time."""
     q = sample(format(name), 18, 2200, seed=1)
@@ -227,7 +229,9 @@ def test_every_code_comes_back(name: str) -> None:
             if np.isfinite(weights).all():
                 for isa in ISAS:
                     set_isa(isa)
-                    np.testing.assert_array_equal(w.apply(np.eye(k, dtype=np.float32), exact=True).T, weights, err_msg=f"{name} {isa}")
+                    np.testing.assert_array_equal(
+                        w.apply(np.eye(k, dtype=np.float32), exact=True).T, weights, err_msg=f"{name} {isa}"
+                    )
 
 
 # -- extremes -------------------------------------------------------------------------------------------------------------
@@ -316,11 +320,14 @@ def test_codes_round_half_to_even() -> None:
 # -- threads --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["int4-g64", "mant4", "fp5.33", "nf4"])
+@pytest.mark.parametrize("name", ["int4-g64", "mant4", "fp5.33", "nf4", "uint4-g128"])
 def test_threads_do_not_change_a_bit(name: str) -> None:
-    q = sample(format(name), 500, 300, seed=3)
+    """Enough rows that a thread claims several blocks of rows at a time, and a last chunk that is short."""
+    q = sample(format(name), 1093, 300, seed=3)
     x = activations(70, 300, 4)
     w = linear(q)
+    expected_int8(q, x, None, w.rounding).check(w.apply(x), name)
+    expected_exact(q, x, None).check(w.apply(x, exact=True), name)
     for isa in ISAS[1:] or ISAS:
         set_isa(isa)
         set_threads(1)
@@ -378,8 +385,10 @@ def test_a_forked_process_can_go_on() -> None:
 
 # -- memory ---------------------------------------------------------------------------------------------------------------
 
-FENCED = ["int4-g64", "mant4", "fp5.33", "fp4.25", "int2-g32", "int3-g48", "e2m2", "int6-g32@e3m3", "uint8-g64", "nf4-g64@u8", "int4-tensor",
-          "mxfp4", "nvfp4", "bitmod3"]  # fmt: skip
+FENCED = [
+    "int4-g64", "mant4", "fp5.33", "fp4.25", "int2-g32", "int3-g48", "e2m2", "int6-g32@e3m3", "uint8-g64", "nf4-g64@u8",
+    "int4-tensor", "mxfp4", "nvfp4", "bitmod3",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("side", ["front", "back"])
@@ -513,18 +522,24 @@ def _levels(rng: np.random.Generator, bits: int, style: str) -> tuple[float, ...
     values = rng.integers(-127, 128, 1 << bits) if style == "integers" else rng.standard_normal(1 << bits)
     out = [float(np.float32(v)) for v in values]
     if style == "special":
-        for bad in (np.nan, np.inf, -np.inf, -0.0, 0.0):
+        for bad in (np.nan, np.inf, -np.inf, 0.0):
             out[rng.integers(0, len(out))] = float(bad)
     if not any(np.isfinite(v) and v != 0 for v in out):
         out[-1] = 1.5
     return tuple(out)
 
 
-REFUSALS = ("members", "finite")  # what a refusal may be about
+REFUSALS = ("have no kernel",)  # families too large for a decode table
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-@given(drawn=formats(), n=st.integers(1, 50), m=st.integers(0, 70), seed=st.integers(0, 1000), kind=st.sampled_from(["plain", "plain", "extreme"]))
+@settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    drawn=formats(),
+    n=st.integers(1, 50),
+    m=st.integers(0, 70),
+    seed=st.integers(0, 1000),
+    kind=st.sampled_from(["plain", "plain", "extreme"]),
+)
 def test_formats_of_random_parts(drawn: tuple[Format, int], n: int, m: int, seed: int, kind: str) -> None:
     fmt, k = drawn
     q = sample(fmt, n, k, seed, kind)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,7 +73,9 @@ def test_damaged_planes_are_refused(change: str) -> None:
     else:
         name = {"member": "ams-e2m2k5-g16", "e4m3": "int4-g32@e4m3", "e8m0": "int4-g32@e8m0", "e3m3": "int4-g32@e3m3"}[change]
         bad = planes(name)
-        bad.parts["member" if change == "member" else "scale"][17, 1] = {"member": 2, "e4m3": 127, "e8m0": 255, "e3m3": 64}[change]
+        bad.parts["member" if change == "member" else "scale"][17, 1] = {"member": 2, "e4m3": 127, "e8m0": 255, "e3m3": 64}[
+            change
+        ]
     with pytest.raises(Refused, match="damaged") as caught:
         Linear(bad)
     one_sentence(str(caught.value))
@@ -94,8 +99,8 @@ def test_impossible_calls_are_refused() -> None:
     x, y = np.ones((3, 96), dtype=np.float32), np.full((3, 18), 7, dtype=np.float32)
     a, b = x.ctypes.data, y.ctypes.data
     for bf16 in (False, True):
-        for arguments in ((a, 3, 95, b, 18, None, 0), (a, 3, 96, b, 17, None, 0), (a, -1, 96, b, 18, None, 0), (a, 3, 96, b, 18, None, 2),
-                          (a, 3, 96, b, 18, None, -1)):  # fmt: skip
+        for m, ldx, ldy, mode in ((3, 95, 18, 0), (3, 96, 17, 0), (-1, 96, 18, 0), (3, 96, 18, 2), (3, 96, 18, -1)):
+            arguments = (a, m, ldx, b, ldy, None, mode)
             with pytest.raises(Refused) as caught:
                 w.call(*arguments, bf16=bf16)
             one_sentence(str(caught.value))
@@ -141,3 +146,36 @@ def test_numbers_of_threads() -> None:
                 np.testing.assert_array_equal(w.apply(x), y)
     finally:
         set_threads(before)
+
+
+LIMITED = """
+import resource, sys
+import numpy as np
+from kernel_abi import Linear, Planes
+from kernel_oracle import sample
+from numfit.formats import format
+from numfit.native import load, set_threads
+
+load(sys.argv[1])
+w = Linear(Planes(sample(format("mant4-g32"), 500, 96, seed=0)))
+x = np.ones((40, 96), dtype=np.float32)
+y = w.apply(x)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (30 << 20),) * 2)
+set_threads(200)
+assert np.array_equal(w.apply(x), y)
+print("as before")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by way of /proc")
+def test_threads_that_cannot_be_had() -> None:
+    """Where the system grants no more threads (here: no memory for their stacks), fewer do the work."""
+    lib = library()
+    assert lib is not None
+    if "asan" in Path("/proc/self/maps").read_text():
+        pytest.skip("a sanitizer's own memory leaves no room for a limit")
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(lib._name)], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0 and run.stdout == "as before\n", run.stderr

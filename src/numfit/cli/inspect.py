@@ -141,7 +141,11 @@ def _print(directory: Path, result: dict[str, Any], every: bool) -> None:
     print(text_table(rows, columns), summary(result["totals"]), sep="\n\n", end="\n\n")
     for name, entry in result["kernels"].items():
         exact = "levels exact" if entry["rounding"] == 0 else f"levels within {entry['rounding'] or 0:.2%} of the largest"
-        how = f"{entry['kernel']}, on {entry['isa']}, {exact} in int8" if entry["kernel"] else f"PyTorch, because {entry['reason']}"
+        how = (
+            f"{entry['kernel']}, on {entry['isa']}, {exact} in int8"
+            if entry["kernel"]
+            else f"PyTorch, because {entry['reason']}"
+        )
         print(f"{name} runs here by: {how}")
     for name, why in result["dropped"].items():
         print(f"not written: {name} ({why})")

@@ -62,10 +62,10 @@ def evaluate(
     Returns:
         A dict that json.dumps takes. Always: model, windows, context, bos, tokens (scored), bytes (of their text), nll
         (nats a token), ppl, bits_per_byte, bits_per_weight (None unless numfit quantized it), model_bytes (all weight
-        files), dtype, activations, kernels (what computed the packed tensors → how many), load_seconds, seconds. With a reference: reference, reference_ppl, reference_bits_per_byte,
-        kl_mean, kl_se (standard error of the mean), kl_median, kl_p90, kl_p99, kl_max (nats), top1 (share of positions
-        with the same most probable token), noise_floor (None, or the same kl_… and top1 of the disturbed reference on
-        the first window).
+        files), dtype, activations, kernels (what computed the packed tensors → how many), load_seconds, seconds. With a
+        reference: reference, reference_ppl, reference_bits_per_byte, kl_mean, kl_se (standard error of the mean),
+        kl_median, kl_p90, kl_p99, kl_max (nats), top1 (share of positions with the same most probable token), noise_floor
+        (None, or the same kl_… and top1 of the disturbed reference on the first window).
 
     Raises:
         NumfitError: one sentence for whatever is wrong with model, text, reference or options.

@@ -167,7 +167,8 @@ class _Fitter:
         """What the compiled pass needs to do the same."""
         fmt, mse = self.fmt, self.rule == "mse"
         if fmt.zero:
-            tops, factors = torch.tensor([float((1 << fmt.bits) - 1)]), _shrink(self.rule, self.tops.device).tolist()
+            tops = torch.tensor([(1 << fmt.bits) - 1], dtype=torch.float32)
+            factors = _shrink(self.rule, self.tops.device).tolist()
         elif fmt.scale.store == "e8m0":
             tops, factors = self.tops, [1.0, 0.0, -1.0] if mse else [0.0]
         else:
@@ -267,7 +268,7 @@ class _Fitter:
         return errors_, scales
 
     def row_errors(self, w: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-        """Errors of whole rows w [r, K] under scales [M, C] ([1, C] for small units and zero points) that all share: [r, M, C]."""
+        """Errors of rows w [r, K] under scales [M, C] ([1, C] for small units and zero points) that all share: [r, M, C]."""
         if self.native is not None:
             return self.native.row_errors(w, self.h, scale, zero)
         h = None if self.h is None else self.h.expand_as(w)

@@ -1,4 +1,4 @@
-"""Fitting and encoding as one compiled pass over the weights (kernels/cpu/encode.h), where the library is and weights are on a CPU.
+"""Fitting and encoding as one compiled pass over the weights (kernels/cpu/encode.h), for weights on a CPU.
 
 fit.py, search.py and codec.py are the reference: every step here is the same fp32 operation, so codes, and the members of units
 smaller than a block, are the same bits. Only the squares of a block are summed in an order of their own, the same for all
@@ -13,10 +13,10 @@ from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c
 import torch
 from torch import Tensor
 
-from numfit import native
 from numfit.errors import NumfitError
 from numfit.formats.nearest import Ladder, Tables
 from numfit.formats.scale import FP16_MIN, PARENT_MIN, STORES, Scale
+from numfit.native import ERROR_BYTES, declare, library
 
 _FREE, _FLOAT, _POWER, _OCP_FLOOR, _OCP_CEIL = range(5)  # enum nf_rounding
 # mantissa bits of stored scales, and their least distance
@@ -46,14 +46,14 @@ class _Codes(ctypes.Structure):
 
 
 _matrix = (c_void_p, c_int64, c_int64)  # weights, rows, columns
-native.declare("nf_fit", c_int, POINTER(_Search), *_matrix, *[c_void_p] * 6, c_char_p)
-native.declare("nf_row_errors", c_int, POINTER(_Search), *_matrix, *[c_void_p] * 4, c_char_p)
-native.declare("nf_encode", c_int, POINTER(_Codes), *_matrix, c_void_p, c_char_p)
+declare("nf_fit", c_int, POINTER(_Search), *_matrix, *[c_void_p] * 6, c_char_p)
+declare("nf_row_errors", c_int, POINTER(_Search), *_matrix, *[c_void_p] * 4, c_char_p)
+declare("nf_encode", c_int, POINTER(_Codes), *_matrix, c_void_p, c_char_p)
 
 
 def usable(device: torch.device) -> bool:
     """Whether tensors on `device` can be worked on here."""
-    return device.type == "cpu" and native.library() is not None
+    return device.type == "cpu" and library() is not None
 
 
 def _call(name: str, *args: object) -> None:
@@ -62,10 +62,10 @@ def _call(name: str, *args: object) -> None:
     Raises:
         NumfitError: what the library refused.
     """
-    lib = native.library()
+    lib = library()
     assert lib is not None
     lib.nf_set_threads(torch.get_num_threads())
-    message = ctypes.create_string_buffer(native.ERROR_BYTES)
+    message = ctypes.create_string_buffer(ERROR_BYTES)
     if getattr(lib, name)(*args, message):
         raise NumfitError(message.value.decode())
 
@@ -83,7 +83,8 @@ class Search:
 
     Args:
         ladder: levels by rank; not looked at where `zero`.
-        tops: largest magnitude of each member fp32 [M], or [1] where units are smaller than a block; the largest code where `zero`.
+        tops: largest magnitude of each member fp32 [M], or [1] where units are smaller than a block; the largest code where
+            `zero`.
         unit: weights that choose a member under their block's scale; 0 where whole blocks do.
         zero: asymmetric integers.
         scale, spare: how scales are stored.
@@ -95,11 +96,12 @@ class Search:
                  ceil: bool) -> None:  # fmt: skip
         self.unit, self.zero = unit, zero
         self.members = 1 if zero else ladder.levels.shape[0]
-        self._kept = [_plain(t) for t in (ladder.levels, ladder.thresholds, tops, torch.tensor(factors))]  # alive with `_parts`
-        levels, thresholds, tops, row = (t.data_ptr() for t in self._kept)
-        parts = {"members": self.members, "ranks": ladder.levels.shape[1], "levels": levels, "thresholds": thresholds,
-                 "tops": tops, "mirrored": ladder.mirrored and not zero, "affine": zero, "step": ladder.step or 0.0,
-                 "unit": unit, "factors": row, "candidates": len(factors)}  # fmt: skip
+        row = torch.tensor(factors, dtype=torch.float32)
+        self._kept = [_plain(t) for t in (ladder.levels, ladder.thresholds, tops, row)]  # what `_parts` points to
+        at_levels, at_thresholds, at_tops, at_factors = (t.data_ptr() for t in self._kept)
+        parts = {"members": self.members, "ranks": ladder.levels.shape[1], "levels": at_levels, "thresholds": at_thresholds,
+                 "tops": at_tops, "mirrored": ladder.mirrored and not zero, "affine": zero, "step": ladder.step or 0.0,
+                 "unit": unit, "factors": at_factors, "candidates": len(factors)}  # fmt: skip
         if scale.store == "e8m0":
             parts["rounding"] = _POWER if zero else _OCP_CEIL if ceil else _OCP_FLOOR
         else:
@@ -109,8 +111,9 @@ class Search:
             low = FP16_MIN if named else quantum
             parts |= {"rounding": _FLOAT, "mantissa": mantissa, "quantum": quantum, "low": low, "high": high}
             if spare > 1 and named:  # words with a zero last bit, above 0 and below Inf
-                words = torch.tensor([0.0, scale.cap]).to(torch.float16 if scale.store == "fp16" else torch.bfloat16)
-                least, most = ((words.view(torch.int16) & ~1) + torch.tensor([2, 0], dtype=torch.int16)).view(words.dtype).tolist()
+                dtype = torch.float16 if scale.store == "fp16" else torch.bfloat16
+                last = int(torch.tensor(scale.cap, dtype=dtype).view(torch.int16)) & ~1
+                least, most = torch.tensor([2, last], dtype=torch.int16).view(dtype).tolist()
                 parts |= {"even": 1, "least": least, "most": most}
         self._parts = parts
 
@@ -167,7 +170,8 @@ class Search:
         out = torch.empty((len(w), *scale.shape), dtype=torch.float32)
         request = self._request(w.shape[1], candidates=scale.shape[1])
         h = None if h is None else _plain(h)
-        _call("nf_row_errors", byref(request), w.data_ptr(), *w.shape, _address(h), scale.data_ptr(), _address(zero), out.data_ptr())
+        request_and_weights = (byref(request), w.data_ptr(), *w.shape)
+        _call("nf_row_errors", *request_and_weights, _address(h), scale.data_ptr(), _address(zero), out.data_ptr())
         return out
 
     def _units(self, k: int, block: int) -> int:
@@ -182,7 +186,9 @@ class Search:
         _call("nf_fit", byref(request), w.data_ptr(), *w.shape, *map(_address, (h, parent, scale, error, member, zero)))
 
 
-def encode(tables: Tables, w: Tensor, block: int, unit: int, scale: Tensor, zero: Tensor | None, member: Tensor | None) -> Tensor:
+def encode(
+    tables: Tables, w: Tensor, block: int, unit: int, scale: Tensor, zero: Tensor | None, member: Tensor | None
+) -> Tensor:
     """Nearest codes of w [R, K] fp32: uint8 [R, K].
 
     Args:

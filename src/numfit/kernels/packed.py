@@ -261,4 +261,3 @@ def _linear_shape(x: Tensor, handle: int, rows: int, bias: Tensor | None, exact:
 @torch.library.register_fake("numfit::rows", lib=_operators)
 def _rows_shape(index: Tensor, handle: int, columns: int) -> Tensor:
     return index.new_empty((index.shape[0], columns), dtype=torch.float32)
-
