@@ -31,8 +31,8 @@ from numfit import native
 from numfit.kernels.packed import ACTIVATIONS, PackedLinear
 
 FORMATS = ("int4-g64", "nf4-g64", "mant4-g64", "mant4-g32@e3m3", "fp4.25", "fp5.33", "pot3-g64", "pot2-g64", "int8-g64")
-COLUMNS = 48 * 64  # of the matrix: whole tiles of 64 and of 48
-BLOCKS = 16  # of 16 rows, that are counted
+COLUMNS = 14400  # of the matrix: whole tiles of 64 and of 48, and a row as long as those of large models
+BLOCKS = 4  # of 16 rows, that are counted
 TRACEME, CONT, KILL, SINGLESTEP, GETREGS = 0, 7, 8, 9, 12
 RIP = 16  # its place among the words of user_regs_struct
 

@@ -80,30 +80,41 @@ def layouts(llama: Any) -> dict[str, int | None]:
     return found | {"plain": base.ggml_backend_dev_buffer_type(device)}
 
 
-class Llama:
-    """A model and a context of so many threads. `prefill` and `decode` are what is timed."""
+class Weights:
+    """A model in memory, the matrices of its layers in one of `layouts()` (the output matrix where llama.cpp puts it)."""
 
-    def __init__(self, llama: Any, path: Path, threads: int, context: int, layout: int | None = None, flash: int = -1):
+    def __init__(self, llama: Any, path: Path, layout: int | None = None):
         self.llama = llama
         params = llama.llama_model_default_params()
         params.load_mode, params.n_gpu_layers = llama.LLAMA_LOAD_MODE_NONE, 0
-        self.overrides = (Override * 2)(
+        overrides = (Override * 2)(
             Override(rb"(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight$", layout), Override(None, None)
         )
         if layout is not None:
-            params.tensor_buft_overrides = ctypes.cast(self.overrides, ctypes.c_void_p)
+            params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
         self.model = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {path}")
-        self.weight_bytes = llama.llama_model_size(self.model)
+        self.nbytes = llama.llama_model_size(self.model)
         self.vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
+
+    def close(self) -> None:
+        self.llama.llama_model_free(self.model)
+
+
+class Context:
+    """A sequence of up to `positions` tokens, run by so many threads; flash attention 1: yes, 0: no, -1: its choice."""
+
+    def __init__(self, weights: Weights, threads: int, positions: int, flash: int = -1):
+        self.llama = llama = weights.llama
+        self.weights = weights
         settings = llama.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = context, BATCH, BATCH
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = positions, BATCH, BATCH
         settings.n_threads = settings.n_threads_batch = threads
         settings.flash_attn_type, settings.no_perf = flash, True
-        self.context = llama.llama_init_from_model(self.model, settings)
+        self.context = llama.llama_init_from_model(weights.model, settings)
         if not self.context:
-            raise SystemExit(f"llama.cpp cannot make a context for {path}")
+            raise SystemExit("llama.cpp cannot make a context")
         self.memory = llama.llama_get_memory(self.context)
         pool = PoolParams()
         llama._lib.ggml_threadpool_params_init(ctypes.byref(pool), threads)
@@ -131,7 +142,7 @@ class Llama:
             if self.llama.llama_decode(self.context, self.llama.llama_batch_get_one(ids, len(part))):
                 raise SystemExit("llama.cpp could not run a batch")
         logits = self.llama.llama_get_logits_ith(self.context, -1)
-        return int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
+        return int(np.ctypeslib.as_array(logits, (self.weights.vocabulary,)).argmax())
 
     def decode(self, token: int, count: int) -> list[int]:
         """Greedy: `count` more tokens after `token`."""
@@ -143,7 +154,6 @@ class Llama:
 
     def close(self) -> None:
         self.llama.llama_free(self.context)
-        self.llama.llama_model_free(self.model)
         self.llama._lib.ggml_threadpool_free(self.pool)
 
 

@@ -469,6 +469,7 @@ def test_fused_codes_are_equal(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     module = importlib.import_module("numfit.formats.codec")
     fmt, w = format(name), torch.randn(5, 256, generator=torch.Generator().manual_seed(2))
     params = quantize_tensor(w, fmt, scale_rule="absmax").params()[1]
+    monkeypatch.setattr(module, "usable", lambda device: False)  # as where numfit's own kernels are missing
     eager = encode(fmt, w, params)
     used = []
     fused = module.try_fused

@@ -104,7 +104,7 @@ def test_compilers_see_through(packed: PackedLinear) -> None:
         torch.testing.assert_close(exported.module()(x), want)
         compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), want)
-    torch.library.opcheck(torch.ops.numfit.linear.default, (x, packed.handle, 40, None, False),
+    torch.library.opcheck(torch.ops.numfit.linear.default, (x, packed.key, 40, None, False),
                           test_utils=("test_schema", "test_faketensor"))  # fmt: skip
 
 

@@ -15,7 +15,7 @@ examples:
   numfit run my-model-mant4 --prompt "The capital of France is"
   numfit run my-model-mant4 --prompt "Write a haiku about rounding." --temperature 0.8 --seed 1
   numfit run my-model-mant4 --prompt "Once upon a time" --raw --max-tokens 40   # no chat template
-  numfit run my-model-mant4 --prompt "Hello" --decode-once    # faster, in the memory of the unquantized model
+  numfit run my-model-mant4 --prompt "Hello" --decode-once    # without kernels, in the memory of the unquantized model
   numfit run my-model-mant4 --prompt "Hello" --json | jq .text
 
 The text goes to standard output, everything else to standard error. A model with a chat template answers the prompt as
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of probability")
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--raw", action="store_true", help="do not use the chat template")
-    parser.add_argument("--decode-once", action="store_true", help="decode all weights first: faster, but as large as before")
+    parser.add_argument("--decode-once", action="store_true", help="decode all weights first: as large as before, no kernels")
     parser.add_argument("--dtype", default="auto", help="of activations: auto (as config.json), float32, bfloat16, float16")
     parser.add_argument("--device", metavar="DEVICE", help="where to run, for instance cuda (default: the CPU)")
     parser.add_argument(
@@ -61,8 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _answer(args: argparse.Namespace, prompt: str) -> int:
     """Load, generate, print."""
+    import torch
+
     from numfit import native
-    from numfit.runtime import decode_model, generate, kernels_in_use, load, packed_bytes
+    from numfit.runtime import activations_in_use, decode_model, generate, kernels_in_use, load, packed_bytes
 
     started = time.perf_counter()
     print(f"loading {args.model} …", end="", file=sys.stderr, flush=True)
@@ -77,9 +79,9 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
     grown = f", decoded to {packed_bytes(model) / 1e6:.0f} MB" if args.decode_once else ""
     print(f" {time.perf_counter() - started:.1f} s, {size:.0f} MB of weights{grown}", file=sys.stderr)
 
-    kernels = kernels_in_use(model)
+    kernels, activations = kernels_in_use(model), activations_in_use(model)
     for kernel, count in kernels.items():
-        how = "" if kernel.startswith("PyTorch") else f", {args.activations} activations on {native.isa()}"
+        how = "" if kernel.startswith("PyTorch") else f", {activations} activations on {native.isa()}"
         print(f"{count} tensors: {kernel}{how}", file=sys.stderr)
     decoder, reason = _decoder(model)
     if reason:
@@ -105,8 +107,9 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
             "decoder": "native" if decoder else "transformers",
             "decoder_reason": reason,
             "kernels": kernels,
-            "activations": args.activations,
+            "activations": activations,
             "isa": native.isa(),
+            "threads": torch.get_num_threads(),
             "weights_bytes": round(size * 1e6),
         }
         print(json.dumps(out, ensure_ascii=False, indent=1))

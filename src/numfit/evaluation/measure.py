@@ -22,7 +22,7 @@ from numfit.evaluation.metrics import divergence, summarize_divergence, summariz
 from numfit.evaluation.reference import Reference, as_text, check_directory, load_model, model_windows, release_memory
 from numfit.evaluation.scoring import dtype_name, score, scored_bytes
 from numfit.evaluation.sizes import bits_per_weight, model_bytes
-from numfit.runtime.modules import kernels_in_use
+from numfit.runtime.modules import activations_in_use, kernels_in_use
 from numfit.threads import cpu_threads
 
 
@@ -158,7 +158,7 @@ def _evaluate(
         losses = score(model, ids, compare, name=path.name or name, batch=batch, progress=progress)
         size = scored_bytes(tokenizer, ids)
         computed_in = str(model.dtype).removeprefix("torch.")
-        kernels = kernels_in_use(model)
+        kernels, activations = kernels_in_use(model), activations_in_use(model)
     finally:
         del model
         release_memory()
@@ -173,7 +173,7 @@ def _evaluate(
         "bits_per_weight": bits_per_weight(path),
         "model_bytes": model_bytes(path),
         "dtype": computed_in,
-        "activations": activations if any("PyTorch" not in kernel for kernel in kernels) else "reference",
+        "activations": activations,
         "kernels": kernels,
         "load_seconds": loaded - begun,
         "seconds": time.monotonic() - loaded,

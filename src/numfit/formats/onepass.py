@@ -31,7 +31,7 @@ class _Search(ctypes.Structure):
         ("mirrored", c_int32), ("affine", c_int32), ("step", c_float), ("each", c_int32), ("block", c_int64), ("unit", c_int64),
         ("rounding", c_int32), ("mantissa", c_int32), ("even", c_int32), ("quantum", c_float), ("low", c_float),
         ("high", c_float), ("least", c_float), ("most", c_float), ("factors", c_void_p), ("candidates", c_int32),
-        ("unpruned", c_int32),
+        ("promising", c_int32), ("unpruned", c_int32),
     )  # fmt: skip
 
 
@@ -98,10 +98,12 @@ class Search:
         self.members = 1 if zero else ladder.levels.shape[0]
         row = torch.tensor(factors, dtype=torch.float32)
         self._kept = [_plain(t) for t in (ladder.levels, ladder.thresholds, tops, row)]  # what `_parts` points to
+        likely = 0.0 if scale.store == "e8m0" and not zero else 0.9
         at_levels, at_thresholds, at_tops, at_factors = (t.data_ptr() for t in self._kept)
         parts = {"members": self.members, "ranks": ladder.levels.shape[1], "levels": at_levels, "thresholds": at_thresholds,
                  "tops": at_tops, "mirrored": ladder.mirrored and not zero, "affine": zero, "step": ladder.step or 0.0,
-                 "unit": unit, "factors": at_factors, "candidates": len(factors)}  # fmt: skip
+                 "unit": unit, "factors": at_factors, "candidates": len(factors),
+                 "promising": min(range(len(factors)), key=lambda c: abs(factors[c] - likely))}  # fmt: skip
         if scale.store == "e8m0":
             parts["rounding"] = _POWER if zero else _OCP_CEIL if ceil else _OCP_FLOOR
         else:

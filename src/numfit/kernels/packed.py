@@ -7,8 +7,10 @@ defines, and `unpack` gives the file's planes back. So nobody has to keep both.
 from __future__ import annotations
 
 import ctypes
+import secrets
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from numfit.formats.scale import STORES, from_word, to_word, word_dtype
 from numfit.native import ERROR_BYTES, Matrix, library
 
 ACTIVATIONS = ("int8", "exact")  # positions are the modes of nf_apply
+CHUNK = 1 << 24  # weights unpacked, or bf16 results made, at a time: bounds what is held beside them
 _SCALE_KINDS = {"fp16": 1, "bf16": 2, "e8m0": 3, "e4m3": 4, "u8": 5, "e3m3": 6}  # enum nf_scale; 0: one fp32 a row
 
 
@@ -31,6 +34,8 @@ class PackedLinear:
         format: of the weights.
         shape: (N, K).
         handle: address of the `nf_linear`.
+        key: what the torch operators call it. Compiled and exported graphs hold it and may outlive the matrix, also in another
+            process: a number that is drawn once in a lifetime is missed then, where an address would be followed.
         kernel: what decodes it, in words.
         rounding: largest difference between an int8 level and the format's, over the largest level; 0 where levels are exact.
     """
@@ -41,6 +46,8 @@ class PackedLinear:
         self.format, self.shape, self.handle, self._kept, self._lib = fmt, shape, handle, kept, lib
         self.kernel: str = lib.nf_linear_kernel(handle).decode()
         self.rounding = float(lib.nf_linear_rounding(handle))
+        self.key = secrets.randbits(62)
+        _living[self.key] = self
 
     @staticmethod
     def pack(weight: QuantizedTensor) -> PackedLinear:
@@ -48,6 +55,7 @@ class PackedLinear:
 
         Raises:
             FormatError: there is no kernel for it (the message says why), or its planes hold impossible values.
+            CheckpointError: its planes do not fit its shape.
             OptionError: it is on another device, is no matrix, or the library is not installed.
         """
         lib = library()
@@ -57,7 +65,7 @@ class PackedLinear:
             raise OptionError(f"kernels take matrices [N, K], not a weight of shape {tuple(weight.shape)}")
         if weight.planes["codes"].device.type != "cpu":
             raise OptionError(f"the CPU kernels cannot use a weight on '{weight.planes['codes'].device}'; move it to the CPU")
-        matrix, alive, kept = _matrix(weight)
+        matrix, alive, kept = _matrix(QuantizedTensor.from_planes(weight.format, weight.shape, weight.planes))
         error = ctypes.create_string_buffer(ERROR_BYTES)
         lib.nf_set_threads(torch.get_num_threads())
         handle = lib.nf_repack(ctypes.byref(matrix), error)
@@ -104,31 +112,37 @@ class PackedLinear:
         n, k = self.shape
         if x.shape[-1:] != (k,) or not x.is_floating_point():
             raise OptionError(f"this matrix takes float activations [..., {k}], not {x.dtype} {tuple(x.shape)}")
-        if x.device.type != "cpu" or (bias is not None and bias.device.type != "cpu"):
-            raise OptionError(f"the CPU kernels cannot use activations on '{x.device}'; move model and inputs to one device")
+        for what, tensor in (("activations", x), ("a bias", bias)):
+            if tensor is not None and tensor.device.type != "cpu":
+                raise OptionError(f"the CPU kernels cannot use {what} on '{tensor.device}'; move model and inputs to one device")
         if bias is not None and tuple(bias.shape) != (n,):
             raise OptionError(f"a bias of this matrix has shape ({n},), not {tuple(bias.shape)}")
         if activations not in ACTIVATIONS:
             raise OptionError(f"activations are one of {', '.join(ACTIVATIONS)}, not '{activations}'")
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             raise OptionError("the CPU kernels have no backward pass; call them under torch.no_grad(), or decode the weights")
-        return torch.ops.numfit.linear(x, self.handle, n, bias, activations == "exact")
+        return torch.ops.numfit.linear(x, self.key, n, bias, activations == "exact")
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """Decoded rows, bit for bit what `QuantizedTensor.dequantize` gives: fp32 [n, K].
 
         Raises:
-            OptionError: a row that does not exist.
+            OptionError: a row that does not exist; numbers that are no integers, or on another device.
         """
-        wanted = torch.arange(self.shape[0])[index] if isinstance(index, slice) else index.reshape(-1).long()
-        return torch.ops.numfit.rows(wanted, self.handle, self.shape[1])
+        if isinstance(index, slice):
+            index = torch.arange(self.shape[0])[index]
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise OptionError(f"rows are chosen by integers, not by {index.dtype}")
+        if index.device.type != "cpu":
+            raise OptionError(f"the CPU kernels cannot use row numbers on '{index.device}'; move model and inputs to one device")
+        return torch.ops.numfit.rows(index.reshape(-1).long(), self.key, self.shape[1])
 
     def unpack(self) -> QuantizedTensor:
         """The planes as the file had them."""
         fmt, (n, k) = self.format, self.shape
         g = fmt.geometry(k)
         specs = fmt.planes((n, k))
-        codes = torch.empty((n, k), dtype=torch.uint8)
+        codes = torch.empty(specs["codes"].shape, dtype=torch.uint8)
         own_member = "member" in specs and "member" not in self._kept
         spare = fmt.spare if "scale" not in self._kept else 0
         member = torch.empty((n, g.units), dtype=torch.uint8) if own_member or spare else None
@@ -136,14 +150,16 @@ class PackedLinear:
         scale = None
         if "scale" not in self._kept:
             scale = torch.empty((n, g.blocks), dtype=torch.int16 if STORES[fmt.scale.store].bits == 16 else torch.uint8)
-        index = torch.arange(n)
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        if self._lib.nf_unpack(
-            self.handle, index.data_ptr(), n, codes.data_ptr(), *(_address(t) for t in (scale, member, zero)), error
-        ):
-            raise OptionError(error.value.decode())
+        self._lib.nf_set_threads(torch.get_num_threads())
+        for index in torch.arange(n).split(max(1, CHUNK // k)):
+            loose = torch.empty((len(index), k), dtype=torch.uint8)
+            parts = [None if part is None else part[index[0] :].data_ptr() for part in (scale, member, zero)]
+            if self._lib.nf_unpack(self.handle, index.data_ptr(), len(index), loose.data_ptr(), *parts, error):
+                raise OptionError(error.value.decode())
+            codes[index] = pack_bits(loose, fmt.bits)
         planes = dict(self._kept)
-        planes["codes"] = pack_bits(codes, fmt.bits)
+        planes["codes"] = codes
         if scale is not None:
             word = scale.view(word_dtype(fmt.scale, 0))
             if spare:
@@ -215,36 +231,47 @@ def kernel_of(fmt: Format, columns: int) -> tuple[str, float]:
     return packed.kernel, packed.rounding
 
 
-# -- torch operators: torch.compile and torch.export see calls with known shapes; the handle is a constant ---------------------
+# -- torch operators: torch.compile and torch.export see calls with known shapes; the key is a constant ------------------------
 
+_living: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
 _operators = torch.library.Library("numfit", "DEF")
-_operators.define("linear(Tensor x, int handle, int rows, Tensor? bias, bool exact) -> Tensor")
-_operators.define("rows(Tensor index, int handle, int columns) -> Tensor")
+_operators.define("linear(Tensor x, int key, int rows, Tensor? bias, bool exact) -> Tensor")
+_operators.define("rows(Tensor index, int key, int columns) -> Tensor")
 
 
-def _linear(x: Tensor, handle: int, rows: int, bias: Tensor | None, exact: bool) -> Tensor:
-    lib = library()
-    assert lib is not None
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    out = torch.empty((len(flat), rows), dtype=dtype)
+def _find(key: int, rows: int | None, columns: int) -> PackedLinear:
+    packed = _living.get(key)
+    if packed is None or packed.shape != (packed.shape[0] if rows is None else rows, columns):
+        raise OptionError(
+            "this graph was compiled or exported for a packed matrix that is no longer here: its model was freed or moved, or "
+            "lives in another process; compile or export the model again"
+        )
+    packed._lib.nf_set_threads(torch.get_num_threads())
+    return packed
+
+
+def _linear(x: Tensor, key: int, rows: int, bias: Tensor | None, exact: bool) -> Tensor:
+    packed = _find(key, rows, x.shape[-1])
+    half = x.dtype == torch.bfloat16
+    flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16 if half else torch.float32).contiguous()
+    bias = None if bias is None else bias.float().expand(rows).contiguous()
+    out = torch.empty((len(flat), rows), dtype=flat.dtype)
     error = ctypes.create_string_buffer(ERROR_BYTES)
-    lib.nf_set_threads(torch.get_num_threads())
-    apply = lib.nf_apply_bf16 if dtype == torch.bfloat16 else lib.nf_apply
-    if apply(handle, flat.data_ptr(), len(flat), flat.shape[1], out.data_ptr(), rows, _address(bias), int(exact), error):
-        raise OptionError(error.value.decode())
+    apply = packed._lib.nf_apply_bf16 if half else packed._lib.nf_apply
+    step = max(16, CHUNK // rows) if half else max(1, len(flat))  # for bf16 the library keeps fp32 copies
+    for start in range(0, len(flat), step):
+        part, into = flat[start : start + step], out[start : start + step]
+        if apply(packed.handle, part.data_ptr(), len(part), part.shape[1], into.data_ptr(), rows, _address(bias), exact, error):
+            raise OptionError(error.value.decode())
     return out.view(*x.shape[:-1], rows).to(x.dtype)
 
 
-def _rows(index: Tensor, handle: int, columns: int) -> Tensor:
-    lib = library()
-    assert lib is not None
+def _rows(index: Tensor, key: int, columns: int) -> Tensor:
+    packed = _find(key, None, columns)
     index = index.contiguous()
     out = torch.empty((len(index), columns))
     error = ctypes.create_string_buffer(ERROR_BYTES)
-    lib.nf_set_threads(torch.get_num_threads())
-    if lib.nf_gather(handle, index.data_ptr(), len(index), out.data_ptr(), error):
+    if packed._lib.nf_gather(packed.handle, index.data_ptr(), len(index), out.data_ptr(), error):
         raise OptionError(error.value.decode())
     return out
 
@@ -254,10 +281,10 @@ _operators.impl("rows", _rows, "CPU")
 
 
 @torch.library.register_fake("numfit::linear", lib=_operators)
-def _linear_shape(x: Tensor, handle: int, rows: int, bias: Tensor | None, exact: bool) -> Tensor:
+def _linear_shape(x: Tensor, key: int, rows: int, bias: Tensor | None, exact: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
 @torch.library.register_fake("numfit::rows", lib=_operators)
-def _rows_shape(index: Tensor, handle: int, columns: int) -> Tensor:
+def _rows_shape(index: Tensor, key: int, columns: int) -> Tensor:
     return index.new_empty((index.shape[0], columns), dtype=torch.float32)

@@ -154,6 +154,12 @@ def kernels_in_use(model: nn.Module) -> dict[str, int]:
     return out
 
 
+def activations_in_use(model: nn.Module) -> str:
+    """What the kernels that a model uses do with activations, "int8" or "exact"; "reference" where it uses none."""
+    parameters = [packed for _, module in packed_modules(model) for packed in module._mine()]
+    return next((packed.activations for packed in parameters if packed.kernels and packed.activations), "reference")
+
+
 def _why(packed: PackedParameter, index: int) -> str:
     if packed.activations is None:
         return "as asked for"
@@ -190,9 +196,8 @@ class QuantLinear(QuantModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         packed = self._packed["weight"]
-        if packed.transposed:
-            return F.linear(input, packed.decode(input.dtype), self.bias)
-        if packed.kernels and input.requires_grad and torch.is_grad_enabled():  # kernels have no backward pass
+        wants_grad = torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        if packed.transposed or (packed.kernels and wants_grad):  # kernels have no backward pass
             return F.linear(input, packed.decode(input.dtype), self.bias)
         parts = [packed.piece(index) for index in range(len(packed.pieces))]
         mode = packed.activations or "exact"

@@ -117,8 +117,8 @@ struct Free {
 };
 using Scratch = std::unique_ptr<float, Free>;
 
-Scratch scratch(int64_t n, int members, int lanes) {
-    const int64_t floats = (2 * n + n / 4 + 1 + 2 * members) * lanes;
+Scratch scratch(int64_t n, int lanes) {
+    const int64_t floats = 2 * n * lanes;
     void *p = std::aligned_alloc(64, static_cast<size_t>((floats * 4 + 63) / 64 * 64));
     if (!p) throw std::bad_alloc();
     return Scratch(static_cast<float *>(p));
@@ -130,8 +130,9 @@ int fail(char *message, const char *what) {
 }
 
 bool sound(const nf_search &s) {
-    return s.members > 0 && s.members <= 256 && s.block > 0 && s.unit >= 0 && s.candidates >= 0 && (s.affine || s.ranks > 0) &&
-           (s.candidates > 0 || s.unit > 0) && !(s.unit && (s.each || s.affine)) && s.rounding >= NF_FREE && s.rounding <= NF_OCP_CEIL;
+    return s.members > 0 && s.members <= 256 && (s.affine || s.ranks > 0) && s.block > 0 && s.unit >= 0 &&
+           !(s.unit && (s.each || s.affine)) && (s.candidates > 0 || (s.candidates == 0 && s.unit > 0)) && s.promising >= 0 &&
+           (s.promising < s.candidates || s.candidates == 0) && s.rounding >= NF_FREE && s.rounding <= NF_OCP_CEIL;
 }
 
 // The search with its rankers, which stay at their places.
@@ -158,13 +159,13 @@ struct Lanes {
 // Runs body(group) over `count` blocks of n weights, whose pointers set(i, lane, lanes) gives. A group of fewer blocks than lanes
 // is filled up with copies of its last, whose results are dropped.
 template <class Set, class Body>
-void over_blocks(int64_t count, int64_t n, int members, bool weighted, bool parented, const Set &set, const Body &body) {
+void over_blocks(int64_t count, int64_t n, bool weighted, bool parented, const Set &set, const Body &body) {
     const int lanes = encoders().lanes;
     const int64_t chunk = (kChunk / n + lanes - 1) / lanes * lanes, step = chunk > lanes ? chunk : lanes;
     std::atomic<bool> exhausted{false};
     parallel((count + step - 1) / step, [&](int64_t c) {
         try {
-            const Scratch memory = scratch(n, members, lanes);
+            const Scratch memory = scratch(n, lanes);
             Lanes l = {};
             const int64_t end = (c + 1) * step < count ? (c + 1) * step : count;
             for (int64_t i = c * step; i < end; i += lanes) {
@@ -206,7 +207,7 @@ NF_API int nf_fit(const nf_search *search, const float *w, int64_t rows, int64_t
             if (zero) l.zero[lane] = zero + row * blocks + b;
             if (member) l.member[lane] = member + row * units + b * block_units;
         };
-        over_blocks(rows * count, n, s.members, h, parent, set, [&](const Group &g) { encoders().fit(s, g); });
+        over_blocks(rows * count, n, h, parent, set, [&](const Group &g) { encoders().fit(s, g); });
     };
     run(whole, 0, s.block);
     run(tail > 0, whole, tail);
@@ -226,7 +227,7 @@ NF_API int nf_row_errors(const nf_search *search, const float *w, int64_t rows, 
         l.h[lane] = h;
         l.error[lane] = out + i * results;
     };
-    over_blocks(rows, cols, s.members, h, false, set, [&](const Group &g) { encoders().row_errors(s, g, scales, zeros, g.error); });
+    over_blocks(rows, cols, h, false, set, [&](const Group &g) { encoders().row_errors(s, g, scales, zeros, g.error); });
     return 0;
 } catch (const std::bad_alloc &) {
     return fail(message, "there is not enough memory to fit this tensor");

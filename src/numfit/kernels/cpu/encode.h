@@ -1,7 +1,7 @@
 // Fitting and encoding: what numfit/formats/search.py and codec.py compute eagerly, in one pass (see encode_isa.cpp).
 //
 // Every step is the same fp32 operation as there, so codes and the members of small units are the same bits, and errors differ
-// only in the order in which a block's squares are summed. Here that order is the order of the columns, in runs of 64 whose sums
+// only in the order in which a block's squares are summed. Here that order is the order of the columns, in runs of 32 whose sums
 // are added in turn: results depend neither on threads nor on the instruction set.
 #pragma once
 #include "numfit.h"
@@ -31,6 +31,7 @@ typedef struct {
     float least, most;        // limits of words with a zero last bit
     const float *factors;     // [candidates], descending: of the absmax scale, or exponents to add (NF_OCP_*)
     int32_t candidates;       // 0: `scale` is given and only members of units are chosen
+    int32_t promising;        // the candidate tried first
     int32_t unpruned;         // candidates tried before any is ruled out by what it clips
 } nf_search;
 
@@ -61,7 +62,7 @@ NF_API int nf_encode(const nf_codes *how, const float *w, int64_t rows, int64_t 
 
 namespace nf {
 
-constexpr int kSection = 64;    // columns summed before they are added to the whole
+constexpr int kSection = 32;    // columns (or units) summed before they are added to the whole
 constexpr int kChain = 16;      // ranks that a chain of comparisons still finds fastest
 constexpr int kBuckets = 1 << 12;
 
@@ -89,7 +90,7 @@ struct Group {
     const float *parent;               // of each, or null
     float *const *scale, *const *error, *const *zero;  // where results go, null where there are none
     uint8_t *const *member;
-    float *scratch;  // of scratch_floats(), aligned to 64 bytes
+    float *scratch;  // for the weights and the importance of all lanes, aligned to 64 bytes
 };
 
 // One table of functions per instruction set.

@@ -15,7 +15,7 @@ struct Chain {
     const float *levels, *thresholds;
     int steps;
     explicit Chain(const Ranker &r) : levels(r.levels), thresholds(r.thresholds), steps(r.ranks - 1) {}
-    V operator()(V u, int) const {
+    V operator()(V u) const {
         V q = splat(levels[0]);
         for (int k = 0; k < steps; k++) q = u > splat(thresholds[k]) ? splat(levels[k + 1]) : q;
         return q;
@@ -41,7 +41,7 @@ template <bool negative> struct Table {
     Buckets<negative> bucket;
     const float *edge, *low, *high;
     explicit Table(const Ranker &r) : bucket(r), edge(r.edge), low(r.low), high(r.high) {}
-    V operator()(V u, int) const {
+    V operator()(V u) const {
         if (negative) {
             const I i = bucket(u);
             return u > gather(edge, i) ? gather(high, i) : gather(low, i);
@@ -59,7 +59,7 @@ template <bool negative> struct Registers {
     explicit Registers(const Ranker &r) : bucket(r) {
         for (int i = 0; i < 2; i++) edge[i] = load(r.edge + i * W), low[i] = load(r.low + i * W), high[i] = load(r.high + i * W);
     }
-    V operator()(V u, int) const {
+    V operator()(V u) const {
         const I i = bucket(u);
         if (negative) return u > pick(edge, i) ? pick(high, i) : pick(low, i);
         return pick(low, u > pick(edge, i) ? i + 1 : i);
@@ -74,17 +74,17 @@ struct Uniform {
     bool exact;  // dividing by a power of two is multiplying
     explicit Uniform(const Search &s)
         : step(s.step), inverse(1.0f / s.step), top(s.levels[s.ranks - 1]), exact((bits(splat(s.step))[0] & 0x7fffff) == 0) {}
-    V operator()(V u, int) const {
+    V operator()(V u) const {
         const V steps = exact ? u * inverse : u / step;
         return clamp(ceiling(steps - 0.5f) * step, 0.0f, top);
     }
 };
 
-// Integers 0 … top shifted by the zero point of each candidate.
+// Integers 0 … top, shifted by the zero points.
 struct Affine {
-    const V *zero;
+    V zero;
     float top;
-    V operator()(V u, int candidate) const { return clamp(nearest(u) + zero[candidate], 0.0f, top) - zero[candidate]; }
+    V operator()(V u) const { return clamp(nearest(u) + zero, 0.0f, top) - zero; }
 };
 
 // Calls f(rank) with what finds the levels of `r` fastest here.
@@ -98,83 +98,132 @@ template <class F> static inline void with_ranks(const Ranker &r, F &&f) {
 
 // -- errors -----------------------------------------------------------------------------------------------------------
 
-template <bool weighted, class Rank> static inline V squared(V w, const float *h, V inverse, const Rank &rank, int candidate) {
+template <bool weighted, class Rank> static inline V squared(V w, const float *h, V inverse, const Rank &rank) {
     const V u = w * inverse;
-    const V d = rank(u, candidate) - u;
+    const V d = rank(u) - u;
     return weighted ? d * d * load(h) : d * d;
 }
 
-// Squared errors, in units of the scales, of x, h [n][W] under P candidates.
-template <int P, bool weighted, class Rank>
-static void sum_columns(const float *x, const float *h, int64_t n, const Rank &rank, const V *inverse, V *out) {
-    V total[P] = {};
+// What is known before a sum: the error that it must not exceed to matter. Sums only grow, and so does what is made of them by
+// rounding multiplications; a sum that exceeds the limit in every lane can therefore stop where it is.
+struct Limit {
+    V scale, error;
+    V of(V sum) const { return sum * scale * scale; }
+    bool exceeded(V sum) const { return !any(of(sum) <= error); }
+};
+
+// Squared errors, in units of the scales, of x, h [n][W].
+template <bool weighted, class Rank>
+static V sum_columns(const float *x, const float *h, int64_t n, const Rank &rank, V inverse, const Limit &limit) {
+    V total = {};
     for (int64_t from = 0; from < n; from += kSection) {
         const int64_t to = from + kSection < n ? from + kSection : n;
-        V part[P] = {};
-        for (int64_t j = from; j < to; j++) {
-            const V w = load(x + j * W);
-            for (int p = 0; p < P; p++) part[p] += squared<weighted>(w, h + j * W, inverse[p], rank, p);
-        }
-        for (int p = 0; p < P; p++) total[p] += part[p];
+        V part = {};
+#pragma GCC unroll 4
+        for (int64_t j = from; j < to; j++) part += squared<weighted>(load(x + j * W), h + j * W, inverse, rank);
+        total += part;
+        if (limit.exceeded(total)) break;
     }
-    for (int p = 0; p < P; p++) out[p] = total[p];
-}
-
-template <class Rank>
-static void sums(const float *x, const float *h, int64_t n, const Rank &rank, const V *inverse, int candidates, V *out) {
-    if (h) return candidates == 2 ? sum_columns<2, true>(x, h, n, rank, inverse, out) : sum_columns<1, true>(x, h, n, rank, inverse, out);
-    return candidates == 2 ? sum_columns<2, false>(x, x, n, rank, inverse, out) : sum_columns<1, false>(x, x, n, rank, inverse, out);
-}
-
-// The error of one unit of `n` columns under one member.
-template <bool weighted, class Rank>
-static inline V unit_error(const float *x, const float *h, int64_t n, const Rank &rank, V inverse) {
-    V total = squared<weighted>(load(x), h, inverse, rank, 0);
-    for (int64_t j = 1; j < n; j++) total += squared<weighted>(load(x + j * W), h + j * W, inverse, rank, 0);
     return total;
 }
 
-// Errors of all units, each under its best member; where `choice` is given, that member [units][W].
-template <bool weighted>
-static V sum_units(const Search &s, const float *x, const float *h, int64_t n, V inverse, uint8_t *choice) {
+template <class Rank> static V sum(const float *x, const float *h, int64_t n, const Rank &rank, V inverse, const Limit &limit) {
+    return h ? sum_columns<true>(x, h, n, rank, inverse, limit) : sum_columns<false>(x, x, n, rank, inverse, limit);
+}
+
+// Members of units as they are chosen, one a lane: four of them are stored at a time.
+struct Choices {
+    uint8_t *const *to;  // null: they are not wanted
+    int lanes;
+    int64_t done;
+    I four;
+    void add(I member) {
+        if (!to) return;
+        four |= member << static_cast<int>(8 * (done++ % 4));
+        if (done % 4 == 0) flush(4);
+    }
+    void flush(int count) {
+        for (int l = 0; l < lanes; l++) {
+            const int32_t bytes = four[l];
+            __builtin_memcpy(to[l] + done - count, &bytes, static_cast<size_t>(count));
+        }
+        four = I{};
+    }
+    void end() {
+        if (to && done % 4) flush(static_cast<int>(done % 4));
+    }
+};
+
+// What finds the levels of every member: two of one kind that stay in registers, or any number of any kind.
+template <class Rank> struct Two {
+    Rank first, second;
+    template <class F> void each(F &&f) const { f(0, first), f(1, second); }
+};
+struct Several {
+    const Search &s;
+    template <class F> void each(F &&f) const {
+        for (int m = 0; m < s.members; m++) {
+            with_ranks(s.rankers[m], [&](const auto &rank) { f(m, rank); });
+        }
+    }
+};
+
+// Errors of all units, each under its best member.
+template <bool weighted, class Ranks>
+static V sum_units(const float *x, const float *h, int64_t n, int64_t unit, const Ranks &ranks, V inverse, const Limit &limit,
+                   Choices &choices) {
     V total = {}, part = {};
     int64_t done = 0;
-    for (int64_t from = 0; from < n; from += s.unit) {
-        const int64_t count = from + s.unit < n ? s.unit : n - from;
-        V best = {};
+    for (int64_t from = 0; from < n; from += unit) {
+        const int64_t to = from + unit < n ? from + unit : n;
+        V best = splat(__builtin_inff());
         I member = {};
-        for (int m = 0; m < s.members; m++) {
-            V error;
-            with_ranks(s.rankers[m], [&](const auto &rank) {
-                error = unit_error<weighted>(x + from * W, h + from * W, count, rank, inverse);
-            });
-            const I better = m == 0 ? splat(-1) : error < best;
+        ranks.each([&](int m, const auto &rank) {
+            V error = squared<weighted>(load(x + from * W), h + from * W, inverse, rank);
+            for (int64_t j = from + 1; j < to; j++) error += squared<weighted>(load(x + j * W), h + j * W, inverse, rank);
+            const I better = error < best;
             member = better ? splat(m) : member;
             best = better ? error : best;
-        }
-        if (choice) store_bytes(choice + done * W, member);
+        });
+        choices.add(member);
         part += best;
-        if (++done % kSection == 0) total += part, part = V{};
+        if (++done % kSection) continue;
+        total += part, part = V{};
+        if (!choices.to && limit.exceeded(total)) break;
     }
+    choices.end();
     return total + part;
 }
 
-static void errors_of(const Search &s, int m, const float *x, const float *h, int64_t n, const V *scale, const V *zero, int candidates,
-                      V *out) {
-    V inverse[2];
-    for (int p = 0; p < candidates; p++) inverse[p] = 1.0f / scale[p];
-    if (s.unit) {
-        for (int p = 0; p < candidates; p++) {
-            out[p] = h ? sum_units<true>(s, x, h, n, inverse[p], nullptr) : sum_units<false>(s, x, x, n, inverse[p], nullptr);
-        }
-    } else if (s.affine) {
-        sums(x, h, n, Affine{zero, s.tops[0]}, inverse, candidates, out);
-    } else if (s.step != 0) {
-        sums(x, h, n, Uniform(s), inverse, candidates, out);
-    } else {
-        with_ranks(s.rankers[m], [&](const auto &rank) { sums(x, h, n, rank, inverse, candidates, out); });
+static V units(const Search &s, const float *x, const float *h, int64_t n, V inverse, const Limit &limit, Choices choices) {
+    const auto run = [&](const auto &ranks) {
+        return h ? sum_units<true>(x, h, n, s.unit, ranks, inverse, limit, choices)
+                 : sum_units<false>(x, x, n, s.unit, ranks, inverse, limit, choices);
+    };
+#if defined(__AVX512F__)
+    const Ranker *r = s.rankers;
+    if (s.members == 2 && s.mirrored && r[0].count && r[0].size == 32 && r[1].count && r[1].size == 32) {
+        return run(Two<Registers<false>>{Registers<false>(r[0]), Registers<false>(r[1])});
     }
-    for (int p = 0; p < candidates; p++) out[p] = out[p] * scale[p] * scale[p];
+#endif
+    return run(Several{s});
+}
+
+// Errors of whole blocks under one candidate, or anything above `least` in all lanes.
+static V error_of(const Search &s, int m, const float *x, const float *h, int64_t n, V scale, V zero, V least) {
+    const V inverse = 1.0f / scale;
+    const Limit limit = {scale, least};
+    V total;
+    if (s.unit) {
+        total = units(s, x, h, n, inverse, limit, Choices{});
+    } else if (s.affine) {
+        total = sum(x, h, n, Affine{zero, s.tops[0]}, inverse, limit);
+    } else if (s.step != 0) {
+        total = sum(x, h, n, Uniform(s), inverse, limit);
+    } else {
+        with_ranks(s.rankers[m], [&](const auto &rank) { total = sum(x, h, n, rank, inverse, limit); });
+    }
+    return limit.of(total);
 }
 
 // -- scales -----------------------------------------------------------------------------------------------------------
@@ -217,25 +266,15 @@ static V stored(const Search &s, V wanted, V parent, bool has_parent) {
     return out * (1.0f / kDown);
 }
 
-struct Candidates {
-    const Search &s;
-    V amax, parent;
-    bool has_parent;
-    // Candidates [from, from + count) of a member: what is stored, and what that means.
-    void operator()(int m, int from, int count, V *value, V *scale) const {
-        const float top = s.tops[m];
-        for (int p = 0; p < count; p++) {
-            const float factor = s.factors[from + p];
-            if (s.rounding >= NF_OCP_FLOOR) {
-                const I base = ocp(amax, top, s.rounding == NF_OCP_CEIL);
-                value[p] = scale[p] = power(clamp_exponent(base + static_cast<int32_t>(factor)));
-            } else {
-                value[p] = stored(s, amax / top * factor, parent, has_parent);
-                scale[p] = has_parent && s.rounding != NF_FREE ? value[p] * parent : value[p];
-            }
-        }
-    }
+// A candidate: what is stored, and the scale that it stands for.
+struct Candidate {
+    V value, scale;
 };
+
+static Candidate candidate(const Search &s, V wanted, V parent, bool has_parent) {
+    const V value = stored(s, wanted, parent, has_parent);
+    return {value, has_parent && s.rounding != NF_FREE ? value * parent : value};
+}
 
 // -- the search -------------------------------------------------------------------------------------------------------
 
@@ -248,68 +287,55 @@ static inline bool hopeless(V extent, V reach, V share, V best) {
 
 struct Blocks {
     float *x, *h;  // [n][W]
-    V amax, top_h;
+    V amax, top_h, parent;
+    bool has_parent;
+
+    // Candidate c of a member whose absmax scale is `base`.
+    Candidate candidate(const Search &s, int m, int c, V base) const {
+        if (s.rounding < NF_OCP_FLOOR) return NF_ISA::candidate(s, base * s.factors[c], parent, has_parent);
+        const V scale = power(clamp_exponent(ocp(amax, s.tops[m], s.rounding == NF_OCP_CEIL) + static_cast<int32_t>(s.factors[c])));
+        return {scale, scale};
+    }
 };
 
-static void search_blocks(const Search &s, const Group &g, const Blocks &b, const Candidates &candidates, float *scratch) {
-    const int members = s.unit ? 1 : s.members;
-    V best = splat(__builtin_inff()), value_of_best = s.unit ? splat(1.0f) : V{}, scale_of_best = splat(1.0f);
-    I member = {};
-    V *errors = reinterpret_cast<V *>(scratch), *values = errors + members;
-    if (s.each) {
-        for (int m = 0; m < members; m++) errors[m] = best, values[m] = V{};
+// The best of everything tried so far. Of equal errors the lower member is better, and then the earlier candidate.
+struct Best {
+    V error, value, scale;
+    I member, candidate;
+    explicit Best(float none) : error(splat(__builtin_inff())), value(splat(none)), scale(splat(1.0f)), member{}, candidate{} {}
+    void take(V found, const Candidate &now, int m, int c) {
+        const I earlier = (splat(m) < member) | ((splat(m) == member) & (splat(c) < candidate));
+        const I better = (found < error) | ((found == error) & earlier);
+        error = better ? found : error;
+        value = better ? now.value : value;
+        scale = better ? now.scale : scale;
+        member = better ? splat(m) : member;
+        candidate = better ? splat(c) : candidate;
     }
-    if (!s.each && members == 1 && s.candidates == 1) {  // nothing to choose
-        candidates(0, 0, 1, &value_of_best, &scale_of_best);
-    } else {
-        for (int c = 0; c < s.candidates; c += 2) {
-            const int count = c + 1 < s.candidates ? 2 : 1;
-            bool open = c < s.unpruned;
-            for (int m = 0; m < members; m++) {
-                V value[2], scale[2], error[2];
-                candidates(m, c, count, value, scale);
-                if (c >= s.unpruned && hopeless(b.amax, scale[0] * s.tops[m], b.top_h, s.each ? errors[m] : best)) continue;
-                open = true;
-                errors_of(s, m, b.x, b.h, g.n, scale, nullptr, count, error);
-                for (int p = 0; p < count; p++) {
-                    if (s.each) {
-                        const I better = error[p] < errors[m];
-                        errors[m] = better ? error[p] : errors[m];
-                        values[m] = better ? value[p] : values[m];
-                    } else {  // equal errors: the lower member, its larger scale
-                        const I better = (error[p] < best) | ((error[p] == best) & (splat(m) < member));
-                        best = better ? error[p] : best;
-                        value_of_best = better ? value[p] : value_of_best;
-                        scale_of_best = better ? scale[p] : scale_of_best;
-                        member = better ? splat(m) : member;
-                    }
-                }
-            }
-            if (!open) break;
+};
+
+// Candidates in the order in which they are tried: first one that will do well, so that most others can be given up early.
+static inline int nth(const Search &s, int i) { return i == 0 ? s.promising : i <= s.promising ? i - 1 : i; }
+
+// Tries all candidates of the members [from, to).
+static Best search_blocks(const Search &s, const Blocks &b, int64_t n, int from, int to) {
+    Best best(s.unit ? 1.0f : 0.0f);
+    for (int i = 0; i < s.candidates; i++) {
+        const int c = nth(s, i);
+        bool open = i < s.unpruned;
+        for (int m = from; m < to; m++) {
+            const Candidate now = b.candidate(s, m, c, b.amax / s.tops[m]);
+            if (i >= s.unpruned && hopeless(b.amax, now.scale * s.tops[m], b.top_h, best.error)) continue;
+            open = true;
+            best.take(error_of(s, m, b.x, b.h, n, now.scale, V{}, best.error), now, m, c);
         }
+        if (!open) break;
     }
-    for (int l = 0; l < g.count; l++) {
-        if (s.each) {
-            for (int m = 0; m < members; m++) g.scale[l][m] = values[m][l], g.error[l][m] = errors[m][l];
-        } else {
-            if (s.candidates) g.scale[l][0] = value_of_best[l];
-            else scale_of_best[l] = g.scale[l][0];
-            if (!s.unit && s.members > 1) g.member[l][0] = static_cast<uint8_t>(member[l]);
-        }
-    }
-    if (!s.unit) return;
-    uint8_t *choice = reinterpret_cast<uint8_t *>(scratch);
-    const V inverse = 1.0f / scale_of_best;
-    if (b.h) sum_units<true>(s, b.x, b.h, g.n, inverse, choice);
-    else sum_units<false>(s, b.x, b.x, g.n, inverse, choice);
-    const int64_t units = (g.n + s.unit - 1) / s.unit;
-    for (int l = 0; l < g.count; l++) {
-        for (int64_t u = 0; u < units; u++) g.member[l][u] = choice[u * W + l];
-    }
+    return best;
 }
 
 // Asymmetric integers: both ends shrink together (`_affine` in fit.py).
-static void search_affine(const Search &s, const Group &g, const Blocks &b, V parent, bool has_parent) {
+static void search_affine(const Search &s, const Group &g, const Blocks &b) {
     V low = {}, high = {};
     for (int64_t j = 0; j < g.n; j++) {
         const V w = load(b.x + j * W);
@@ -317,46 +343,55 @@ static void search_affine(const Search &s, const Group &g, const Blocks &b, V pa
     }
     const float top = s.tops[0];
     const V extent = high - low;
-    V best = splat(__builtin_inff()), value_of_best = {}, zero_of_best = {};
-    for (int c = 0; c < s.candidates; c += 2) {
-        const int count = c + 1 < s.candidates ? 2 : 1;
-        V value[2], scale[2], zero[2], error[2];
-        for (int p = 0; p < count; p++) {
-            const float factor = s.factors[c + p];
-            value[p] = stored(s, extent / top * factor, parent, has_parent);
-            scale[p] = has_parent && s.rounding != NF_FREE ? value[p] * parent : value[p];
-            zero[p] = clamp(nearest(-low * factor / scale[p]), 0.0f, top);
-        }
-        if (s.candidates == 1) {
-            value_of_best = value[0], zero_of_best = zero[0];
-            break;
-        }
+    Best best(0.0f);
+    V zero = {};
+    for (int i = 0; i < s.candidates; i++) {
+        const int c = nth(s, i);
+        const float factor = s.factors[c];
+        const Candidate now = candidate(s, extent / top * factor, b.parent, b.has_parent);
+        const V shift = clamp(nearest(-low * factor / now.scale), 0.0f, top);
         // what both ends lack together is least as a sum of squares when they share it
-        if (c >= s.unpruned && !b.h && hopeless(extent, scale[0] * top, splat(0.5f), best)) break;
-        errors_of(s, 0, b.x, b.h, g.n, scale, zero, count, error);
-        for (int p = 0; p < count; p++) {
-            const I better = error[p] < best;
-            best = better ? error[p] : best;
-            value_of_best = better ? value[p] : value_of_best;
-            zero_of_best = better ? zero[p] : zero_of_best;
-        }
+        if (i >= s.unpruned && !b.h && hopeless(extent, now.scale * top, splat(0.5f), best.error)) break;
+        best.take(s.candidates == 1 ? V{} : error_of(s, 0, b.x, b.h, g.n, now.scale, shift, best.error), now, 0, c);
+        zero = best.candidate == c ? shift : zero;
     }
-    for (int l = 0; l < g.count; l++) g.scale[l][0] = value_of_best[l], g.zero[l][0] = zero_of_best[l];
+    for (int l = 0; l < g.count; l++) g.scale[l][0] = best.value[l], g.zero[l][0] = zero[l];
 }
 
 static void fit(const Search &s, const Group &g) {
-    Blocks b = {g.scratch, g.h ? g.scratch + g.n * W : nullptr, V{}, splat(1.0f)};
-    float *rest = g.scratch + 2 * g.n * W;
+    Blocks b = {g.scratch, g.h ? g.scratch + g.n * W : nullptr, V{}, splat(1.0f), g.parent ? load(g.parent) : splat(1.0f),
+                g.parent != nullptr};
     side_by_side(g.w, g.n, s.mirrored, b.x);
     if (g.h) side_by_side(g.h, g.n, false, b.h);
-    const V parent = g.parent ? load(g.parent) : splat(1.0f);
-    if (s.affine) return search_affine(s, g, b, parent, g.parent != nullptr);
+    if (s.affine) return search_affine(s, g, b);
     for (int64_t j = 0; j < g.n; j++) {
         const V w = magnitude(load(b.x + j * W));
         if (g.h) b.top_h = w > b.amax ? load(b.h + j * W) : b.top_h;
         b.amax = larger(b.amax, w);
     }
-    search_blocks(s, g, b, Candidates{s, b.amax, parent, g.parent != nullptr}, rest);
+    if (s.each) {
+        for (int m = 0; m < s.members; m++) {
+            const Best best = search_blocks(s, b, g.n, m, m + 1);
+            for (int l = 0; l < g.count; l++) g.scale[l][m] = best.value[l], g.error[l][m] = best.error[l];
+        }
+        return;
+    }
+    const int members = s.unit ? 1 : s.members;
+    Best best(0.0f);
+    if (s.candidates == 0) {
+        for (int l = 0; l < W; l++) best.scale[l] = g.scale[l < g.count ? l : 0][0];
+    } else if (members == 1 && s.candidates == 1) {  // nothing to choose
+        best.take(V{}, b.candidate(s, 0, 0, b.amax / s.tops[0]), 0, 0);
+    } else {
+        best = search_blocks(s, b, g.n, 0, members);
+    }
+    for (int l = 0; l < g.count && s.candidates; l++) {
+        g.scale[l][0] = best.value[l];
+        if (members > 1) g.member[l][0] = static_cast<uint8_t>(best.member[l]);
+    }
+    if (!s.unit) return;
+    const Limit none = {best.scale, splat(__builtin_inff())};
+    units(s, b.x, b.h, g.n, 1.0f / best.scale, none, Choices{g.member, g.count, 0, I{}});
 }
 
 static void row_errors(const Search &s, const Group &g, const float *scales, const float *zeros, float *const *out) {
@@ -365,14 +400,10 @@ static void row_errors(const Search &s, const Group &g, const float *scales, con
     if (g.h) side_by_side(g.h, g.n, false, h);
     const int sets = s.unit ? 1 : s.members;
     for (int m = 0; m < sets; m++) {
-        for (int c = 0; c < s.candidates; c += 2) {
-            const int count = c + 1 < s.candidates ? 2 : 1, at = m * s.candidates + c;
-            V scale[2], zero[2], error[2];
-            for (int p = 0; p < count; p++) scale[p] = splat(scales[at + p]), zero[p] = splat(zeros ? zeros[at + p] : 0.0f);
-            errors_of(s, m, x, h, g.n, scale, zero, count, error);
-            for (int l = 0; l < g.count; l++) {
-                for (int p = 0; p < count; p++) out[l][at + p] = error[p][l];
-            }
+        for (int c = 0; c < s.candidates; c++) {
+            const int at = m * s.candidates + c;
+            const V error = error_of(s, m, x, h, g.n, splat(scales[at]), splat(zeros ? zeros[at] : 0.0f), splat(__builtin_inff()));
+            for (int l = 0; l < g.count; l++) out[l][at] = error[l];
         }
     }
 }
@@ -384,7 +415,7 @@ static void encode(const Ranker &r, const float *w, int64_t n, float scale, cons
         const auto codes = [&](V x) {
             V u = x / scale;
             if (zero) u = u + *zero;
-            return __builtin_convertvector(rank(u, 0), I);  // "levels" are codes
+            return __builtin_convertvector(rank(u), I);  // "levels" are codes
         };
         int64_t j = 0;
         for (; j + W <= n; j += W) store_bytes(out + j, codes(load(w + j)));

@@ -22,7 +22,6 @@ constexpr int W = 4;
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef float Loose __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(W), aligned(1), may_alias));
 
 static inline V load(const float *p) { return *reinterpret_cast<const Loose *>(p); }
@@ -89,30 +88,58 @@ static inline Shift shift_by(int32_t count) { return count; }
 
 static inline V clamp(V v, float low, float high) { return smaller(larger(v, splat(low)), splat(high)); }
 
-// The first `n` numbers of W runs, side by side: out [n][W].
-static inline void side_by_side(const float *const *runs, int64_t n, bool absolute, float *out) {
-    const I keep = splat(absolute ? 0x7fffffff : -1);
-    for (int r = 0; r < W; r += 4) {
-        const float *const *from = runs + r;
-        int64_t j = 0;
-        for (; j + 4 <= n; j += 4) {
-            const Quad a = *reinterpret_cast<const Quad *>(from[0] + j), b = *reinterpret_cast<const Quad *>(from[1] + j);
-            const Quad c = *reinterpret_cast<const Quad *>(from[2] + j), d = *reinterpret_cast<const Quad *>(from[3] + j);
-            typedef int32_t Pick __attribute__((vector_size(16)));
-            const Quad ab = __builtin_shuffle(a, b, Pick{0, 4, 1, 5}), cd = __builtin_shuffle(c, d, Pick{0, 4, 1, 5});
-            const Quad ab2 = __builtin_shuffle(a, b, Pick{2, 6, 3, 7}), cd2 = __builtin_shuffle(c, d, Pick{2, 6, 3, 7});
-            float *to = out + j * W + r;
-            *reinterpret_cast<Quad *>(to) = __builtin_shuffle(ab, cd, Pick{0, 1, 4, 5});
-            *reinterpret_cast<Quad *>(to + W) = __builtin_shuffle(ab, cd, Pick{2, 3, 6, 7});
-            *reinterpret_cast<Quad *>(to + 2 * W) = __builtin_shuffle(ab2, cd2, Pick{0, 1, 4, 5});
-            *reinterpret_cast<Quad *>(to + 3 * W) = __builtin_shuffle(ab2, cd2, Pick{2, 3, 6, 7});
-        }
-        for (; j < n; j++) {
-            for (int l = 0; l < 4; l++) out[j * W + r + l] = from[l][j];
-        }
+// Rows become columns: 4 × 4 within the quarters of vectors, then the quarters among one another.
+static inline void transpose(V *a) {
+    V t[W];
+    for (int g = 0; g < W; g += 4) {
+#if defined(__AVX512F__)
+        const __m512 ab = _mm512_unpacklo_ps(a[g], a[g + 1]), cd = _mm512_unpacklo_ps(a[g + 2], a[g + 3]);
+        const __m512 ef = _mm512_unpackhi_ps(a[g], a[g + 1]), gh = _mm512_unpackhi_ps(a[g + 2], a[g + 3]);
+        t[g] = V(_mm512_unpacklo_pd(__m512d(ab), __m512d(cd))), t[g + 1] = V(_mm512_unpackhi_pd(__m512d(ab), __m512d(cd)));
+        t[g + 2] = V(_mm512_unpacklo_pd(__m512d(ef), __m512d(gh))), t[g + 3] = V(_mm512_unpackhi_pd(__m512d(ef), __m512d(gh)));
+#elif defined(__AVX2__)
+        const __m256 ab = _mm256_unpacklo_ps(a[g], a[g + 1]), cd = _mm256_unpacklo_ps(a[g + 2], a[g + 3]);
+        const __m256 ef = _mm256_unpackhi_ps(a[g], a[g + 1]), gh = _mm256_unpackhi_ps(a[g + 2], a[g + 3]);
+        t[g] = V(_mm256_unpacklo_pd(__m256d(ab), __m256d(cd))), t[g + 1] = V(_mm256_unpackhi_pd(__m256d(ab), __m256d(cd)));
+        t[g + 2] = V(_mm256_unpacklo_pd(__m256d(ef), __m256d(gh))), t[g + 3] = V(_mm256_unpackhi_pd(__m256d(ef), __m256d(gh)));
+#else
+        const V ab = __builtin_shuffle(a[0], a[1], I{0, 4, 1, 5}), cd = __builtin_shuffle(a[2], a[3], I{0, 4, 1, 5});
+        const V ef = __builtin_shuffle(a[0], a[1], I{2, 6, 3, 7}), gh = __builtin_shuffle(a[2], a[3], I{2, 6, 3, 7});
+        t[0] = __builtin_shuffle(ab, cd, I{0, 1, 4, 5}), t[1] = __builtin_shuffle(ab, cd, I{2, 3, 6, 7});
+        t[2] = __builtin_shuffle(ef, gh, I{0, 1, 4, 5}), t[3] = __builtin_shuffle(ef, gh, I{2, 3, 6, 7});
+#endif
     }
-    if (absolute) {
-        for (int64_t j = 0; j < n; j++) store(out + j * W, number(bits(load(out + j * W)) & keep));
+    for (int k = 0; k < 4; k++) {
+#if defined(__AVX512F__)
+        const __m512 ab = _mm512_shuffle_f32x4(t[k], t[4 + k], 0x44), cd = _mm512_shuffle_f32x4(t[8 + k], t[12 + k], 0x44);
+        const __m512 ef = _mm512_shuffle_f32x4(t[k], t[4 + k], 0xee), gh = _mm512_shuffle_f32x4(t[8 + k], t[12 + k], 0xee);
+        a[k] = V(_mm512_shuffle_f32x4(ab, cd, 0x88)), a[4 + k] = V(_mm512_shuffle_f32x4(ab, cd, 0xdd));
+        a[8 + k] = V(_mm512_shuffle_f32x4(ef, gh, 0x88)), a[12 + k] = V(_mm512_shuffle_f32x4(ef, gh, 0xdd));
+#elif defined(__AVX2__)
+        a[k] = V(_mm256_permute2f128_ps(t[k], t[4 + k], 0x20)), a[4 + k] = V(_mm256_permute2f128_ps(t[k], t[4 + k], 0x31));
+#else
+        a[k] = t[k];
+#endif
+    }
+}
+
+// The first `n` numbers of W runs, or their magnitudes, side by side: out [n][W]. Every line of memory is read once, since runs a
+// power of two apart share their places in the cache.
+static inline void side_by_side(const float *const *runs, int64_t n, bool magnitudes, float *out) {
+    const I keep = splat(magnitudes ? 0x7fffffff : -1);
+    for (int64_t j = 0; j < n; j += W) {
+        const int count = n - j < W ? static_cast<int>(n - j) : W;
+        V tile[W];
+        for (int r = 0; r < W; r++) {
+            if (count == W) {
+                tile[r] = load(runs[r] + j);
+            } else {
+                tile[r] = V{};
+                for (int i = 0; i < count; i++) tile[r][i] = runs[r][j + i];
+            }
+        }
+        transpose(tile);
+        for (int i = 0; i < count; i++) store(out + (j + i) * W, number(bits(tile[i]) & keep));
     }
 }
 

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -107,7 +108,11 @@ struct Pool {
         }
         std::lock_guard<std::mutex> held(busy, std::adopt_lock);
         while (static_cast<int>(workers.size()) < threads - 1) {
-            workers.emplace_back(&Pool::worker, this, static_cast<int>(workers.size()) + 1);
+            try {
+                workers.emplace_back(&Pool::worker, this, static_cast<int>(workers.size()) + 1);
+            } catch (const std::system_error &) {
+                break;  // the system has no more threads: fewer do the same work
+            }
         }
         // first a generation without chunks: a worker late for the old job must not find a chunk in the larger count of the new one
         const auto g = static_cast<uint32_t>(ticket.load(std::memory_order_relaxed) >> 32) + 2;
