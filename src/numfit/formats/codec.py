@@ -21,6 +21,7 @@ from numfit.formats.onepass import encode as encode_in_one_pass
 from numfit.formats.onepass import usable
 
 _CHUNK = 1 << 18  # weights at a time: the intermediates stay in cache
+_NATIVE_CHUNK = 1 << 23  # the same where there are none, but for a copy in fp32
 FUSE_FROM = 1 << 27  # comparisons from which compiling them pays for itself
 
 
@@ -104,7 +105,7 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
     effective = params.effective_scale()
     out = torch.empty((rows, k), dtype=torch.uint8, device=w.device)
     if usable(w.device):
-        for s in row_chunks(rows, k):
+        for s in row_chunks(rows, k, _NATIVE_CHUNK):
             zero, member = (None if p is None else _slice(p, s) for p in (params.zero, params.member))
             out[s] = encode_in_one_pass(t, w[s].float(), g.block, g.unit, _slice(effective, s), zero, member)
         return out

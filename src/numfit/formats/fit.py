@@ -25,7 +25,7 @@ from numfit.formats.scale import PARENT_MIN, Scale, exp2i, ocp_exponent, to_stor
 from numfit.formats.search import BATCH, COMPILE_FROM, affine_errors, errors, unit_choice, unit_errors
 
 SCALE_RULES = ("mse", "absmax", "floor", "ceil")
-_CHUNK = 1 << 20  # weights fitted at a time
+_CHUNK, _NATIVE_CHUNK = 1 << 20, 1 << 23  # weights fitted at a time, eagerly and by the compiled pass
 _PALETTE_BLOCKS = 1 << 15  # blocks that a palette is chosen on
 
 
@@ -93,7 +93,8 @@ def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, scale_rule: st
     elif fmt.unit == "tensor" and fmt.member_count > 1:
         params = _fit_one_member(fitter, w, tensor_parent)
     else:
-        parts = [fitter.chunk(w[s].float(), tensor_parent) for s in row_chunks(rows, k)]
+        chunk = _CHUNK if fitter.native is None else _NATIVE_CHUNK
+        parts = [fitter.chunk(w[s].float(), tensor_parent) for s in row_chunks(rows, k, chunk)]
         params = _join(fmt, k, parts, w.device)
         if tensor_parent is not None:
             params = replace(params, parent=tensor_parent)

@@ -114,7 +114,9 @@ class PackedLinear:
             raise OptionError(f"this matrix takes float activations [..., {k}], not {x.dtype} {tuple(x.shape)}")
         for what, tensor in (("activations", x), ("a bias", bias)):
             if tensor is not None and tensor.device.type != "cpu":
-                raise OptionError(f"the CPU kernels cannot use {what} on '{tensor.device}'; move model and inputs to one device")
+                raise OptionError(
+                    f"the CPU kernels cannot use {what} on '{tensor.device}'; move model and inputs to one device"
+                )
         if bias is not None and tuple(bias.shape) != (n,):
             raise OptionError(f"a bias of this matrix has shape ({n},), not {tuple(bias.shape)}")
         if activations not in ACTIVATIONS:
@@ -134,7 +136,9 @@ class PackedLinear:
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise OptionError(f"rows are chosen by integers, not by {index.dtype}")
         if index.device.type != "cpu":
-            raise OptionError(f"the CPU kernels cannot use row numbers on '{index.device}'; move model and inputs to one device")
+            raise OptionError(
+                f"the CPU kernels cannot use row numbers on '{index.device}'; move model and inputs to one device"
+            )
         return torch.ops.numfit.rows(index.reshape(-1).long(), self.key, self.shape[1])
 
     def unpack(self) -> QuantizedTensor:

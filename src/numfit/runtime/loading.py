@@ -17,7 +17,7 @@ from numfit.checkpoint import open_source, resolve_model
 from numfit.checkpoint.source import TOKENIZER_FILES
 from numfit.errors import CheckpointError, OptionError, require
 from numfit.runtime.index import some
-from numfit.runtime.modules import check_activations, loading_with
+from numfit.runtime.modules import check_activations, loading_with, use_kernels
 
 DTYPES = {
     "auto": None,
@@ -68,7 +68,8 @@ def load(
     config = open_source(path).config()  # this judges all files by their headers
     transformers = require("transformers", "hf")
     check_architecture(path, config)
-    with _quiet(transformers, progress), _as_checkpoint_error(path), loading_with(activations):
+    here = place is None or place.type == "cpu"  # what goes elsewhere is not brought into the layout of CPU kernels first
+    with _quiet(transformers, progress), _as_checkpoint_error(path), loading_with(activations if here else "reference"):
         model, account = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=wanted or "auto", trust_remote_code=False, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=True,  # so that they are listed, and refused below
@@ -79,6 +80,8 @@ def load(
         raise CheckpointError(f"transformers {transformers.__version__} loaded '{path}' without numfit; that model is void")
     if place is not None:
         model = model.to(place)
+    if not here:
+        use_kernels(model, activations)  # should it come back to the CPU
     return model, load_tokenizer(path) if tokenizer else None
 
 

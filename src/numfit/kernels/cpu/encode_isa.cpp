@@ -31,8 +31,8 @@ template <bool negative> struct Buckets {
         : least(splat(r.least)), most(splat(r.most)), mask(splat((1 << r.bits) - 1)), sign_mask(splat(1 << r.bits)),
           shift(shift_by(r.shift)), sign(shift_by(31 - r.bits)) {}
     I operator()(V u) const {
-        const I place = bits(smaller(larger(negative ? magnitude(u) : u, least), most)) >> shift;
-        return negative ? (place & mask) | ((bits(u) >> sign) & sign_mask) : place;
+        const I place = shifted(bits(smaller(larger(negative ? magnitude(u) : u, least), most)), shift);
+        return negative ? (place & mask) | (shifted(bits(u), sign) & sign_mask) : place;
     }
 };
 
@@ -361,14 +361,12 @@ static void search_affine(const Search &s, const Group &g, const Blocks &b) {
 static void fit(const Search &s, const Group &g) {
     Blocks b = {g.scratch, g.h ? g.scratch + g.n * W : nullptr, V{}, splat(1.0f), g.parent ? load(g.parent) : splat(1.0f),
                 g.parent != nullptr};
-    side_by_side(g.w, g.n, s.mirrored, b.x);
-    if (g.h) side_by_side(g.h, g.n, false, b.h);
-    if (s.affine) return search_affine(s, g, b);
-    for (int64_t j = 0; j < g.n; j++) {
-        const V w = magnitude(load(b.x + j * W));
-        if (g.h) b.top_h = w > b.amax ? load(b.h + j * W) : b.top_h;
-        b.amax = larger(b.amax, w);
+    b.amax = side_by_side(g.w, g.n, s.mirrored, b.x);
+    if (g.h) {
+        side_by_side(g.h, g.n, false, b.h);
+        for (int64_t j = g.n; j-- > 0;) b.top_h = magnitude(load(b.x + j * W)) == b.amax ? load(b.h + j * W) : b.top_h;
     }
+    if (s.affine) return search_affine(s, g, b);
     if (s.each) {
         for (int m = 0; m < s.members; m++) {
             const Best best = search_blocks(s, b, g.n, m, m + 1);

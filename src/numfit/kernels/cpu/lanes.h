@@ -1,6 +1,7 @@
 // Vectors of W numbers for the encoders, by the compiler's own vector types: one source for every instruction set. What those
 // types cannot say (rounding, tables, minima) stands here. Included by encode_isa.cpp alone, once for each instruction set.
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 #if defined(__x86_64__)
@@ -77,13 +78,20 @@ static inline V gather(const float *table, I index) { return V{table[index[0]], 
 #endif
 #endif
 
-// A shift of all lanes: by a vector where that is one instruction, as shifts by a register are two there.
-#if defined(__AVX2__)
+// A shift of all lanes: by a vector where there is such an instruction, as shifts by a register are two. (The operator will not do:
+// the compiler sees that all counts are equal.)
+#if defined(__AVX512F__)
 typedef I Shift;
 static inline Shift shift_by(int32_t count) { return splat(count); }
+static inline I shifted(I v, Shift count) { return I(_mm512_srav_epi32(__m512i(v), __m512i(count))); }
+#elif defined(__AVX2__)
+typedef I Shift;
+static inline Shift shift_by(int32_t count) { return splat(count); }
+static inline I shifted(I v, Shift count) { return I(_mm256_srav_epi32(__m256i(v), __m256i(count))); }
 #else
 typedef int32_t Shift;
 static inline Shift shift_by(int32_t count) { return count; }
+static inline I shifted(I v, Shift count) { return v >> count; }
 #endif
 
 static inline V clamp(V v, float low, float high) { return smaller(larger(v, splat(low)), splat(high)); }
@@ -123,10 +131,11 @@ static inline void transpose(V *a) {
     }
 }
 
-// The first `n` numbers of W runs, or their magnitudes, side by side: out [n][W]. Every line of memory is read once, since runs a
-// power of two apart share their places in the cache.
-static inline void side_by_side(const float *const *runs, int64_t n, bool magnitudes, float *out) {
+// The first `n` numbers of W runs side by side, out [n][W], and the largest magnitude of each run; `magnitudes` drops the signs.
+// Every line of memory is read once, since runs a power of two apart share their places in the cache.
+static inline V side_by_side(const float *const *runs, int64_t n, bool magnitudes, float *out) {
     const I keep = splat(magnitudes ? 0x7fffffff : -1);
+    V most = {};
     for (int64_t j = 0; j < n; j += W) {
         const int count = n - j < W ? static_cast<int>(n - j) : W;
         V tile[W];
@@ -139,8 +148,10 @@ static inline void side_by_side(const float *const *runs, int64_t n, bool magnit
             }
         }
         transpose(tile);
+        for (int i = 0; i < W; i++) most = larger(most, magnitude(tile[i]));
         for (int i = 0; i < count; i++) store(out + (j + i) * W, number(bits(tile[i]) & keep));
     }
+    return most;
 }
 
 }  // namespace NF_ISA
