@@ -137,7 +137,7 @@ class Roof:
         return statistics.median(timed(lambda: self.library.nf_read_stream(self.arena, self.nbytes)) for _ in range(5))
 
     def close(self) -> None:
-        self.library.nf_arena_free(self.arena, self.nbytes)
+        self.library.nf_arena_free(self.arena)
 
 
 def run(args: argparse.Namespace, llama: Any, threads: int) -> dict[str, Any]:

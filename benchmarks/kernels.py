@@ -2,9 +2,10 @@
 
     python benchmarks/kernels.py [--quick] [--only gemv,gemm] [--threads N] [--rotate MB] [--rounds N] [--json FILE]
 
-Parts: `roof` (a plain read stream over sets of growing size), `gemv` (4096×14336, one token, 1 thread), `gemm` (4096×4096, 512
-tokens, 2 threads), `fit` (4096×4096, 1 thread), `call` (what Python adds to a call). The last table sets what was reached
-beside what must be and what is wished for.
+Parts: `roof` (a plain read stream over sets of growing size), `gemv` (4096×14336, one token, 1 thread), `cache` (256×4096,
+one token, 1 thread, weights that stay in the cache: what arithmetic alone takes), `gemm` (4096×4096, 512 tokens, 2 threads),
+`fit` (4096×4096, 1 thread), `call` (what Python adds to a call). The last table sets what was reached beside what must be and
+what is wished for.
 
 How it measures. Everything of a part takes turns in one process: in each round, in an order drawn anew, each contestant is
 called once untimed and then `TURN` times, each call on the next of its copies, which together fill `--rotate` megabytes;
@@ -47,7 +48,7 @@ from numfit.kernels.packed import PackedLinear
 TURN = 5  # timed calls of a contestant in a round
 FORMATS = ("int4-g64", "nf4-g64", "mant4-g64", "mant4-g32@e3m3", "fp4.25", "fp5.33", "pot3-g64", "pot2-g64")
 GGML = ("Q4_0", "Q4_K", "IQ4_NL", "Q3_K", "Q2_K", "Q8_0", "BF16")
-PARTS = ("roof", "gemv", "gemm", "fit", "call")
+PARTS = ("roof", "gemv", "cache", "gemm", "fit", "call")
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Arena:
 
     def __del__(self) -> None:
         if self.huge:
-            native.library().nf_arena_free(self.address, self.size)
+            native.library().nf_arena_free(self.address)
 
     def stream(self, name: str, size: int) -> Peer:
         """A read of the next `size` bytes; streams on one arena go on where the last one stopped."""
@@ -285,6 +286,30 @@ def part_gemv(options: Options) -> tuple[list[dict[str, Any]], list[Goal]]:
     plain, two_level = t["mant4-g64"], t["mant4-g32@e3m3"]
     per_byte = plain.over(two_level) * two_level.peer.stored / plain.peer.stored
     return rows, [*goals, Goal("mant4-g32@e3m3 against mant4-g64, per stored byte", 0.9, 1.0, per_byte)]
+
+
+def part_cache(options: Options) -> tuple[list[dict[str, Any]], list[Goal]]:
+    """One token and a matrix that stays in the second-level cache: arithmetic alone, with int8 and with exact activations."""
+    use_threads(1)
+    n, k = 256, 4096
+    w, x = matrices(n, k, 1)
+    y, error = torch.empty(1, n), ctypes.create_string_buffer(native.ERROR_BYTES)
+    apply, stream = native.library().nf_apply, Arena(64 << 20).stream("memory", 64 << 20)
+    memory = stream.bytes / min(timed(lambda: stream.call(0)) for _ in range(7))
+    print(f"\none token × {n}×{k}, 1 thread: ns for 1024 weights (tenth percentile); memory reads {memory / 1e9:.1f} GB/s")
+    print(f"{'':16}{'int8':>8}{'exact':>8}{'exact/int8':>12}{'memory':>8}")
+    rows = []
+    for name in FORMATS:
+        packed = PackedLinear.pack(numfit.quantize_tensor(w, name, scale_rule="absmax"))
+        times = []
+        for mode in (0, 1):
+            arguments = (packed.handle, x.data_ptr(), 1, k, y.data_ptr(), n, None, mode, error)
+            calls = sorted(timed(lambda arguments=arguments: apply(*arguments)) for _ in range(50 if options.quick else 500))
+            times.append(calls[len(calls) // 10] * 1e9 * 1024 / (n * k))
+        bound = packed.nbytes / memory * 1e9 * 1024 / (n * k)
+        rows.append({"format": name, "int8_ns": times[0], "exact_ns": times[1], "memory_ns": bound})
+        print(f"{name:16}{times[0]:8.1f}{times[1]:8.1f}{times[1] / times[0]:12.1f}{bound:8.1f}")
+    return rows, []
 
 
 def part_gemm(options: Options) -> tuple[list[dict[str, Any]], list[Goal]]:
@@ -422,7 +447,7 @@ def main() -> None:
     results: dict[str, Any] = {"processor": processor(), "isa": native.isa(), "torch": torch.__version__, "turn": TURN,
                                "threads": args.threads, "rotate": rotate, "quick": args.quick, "parts": {}}  # fmt: skip
     goals: list[Goal] = []
-    parts = {"roof": part_roof, "gemv": part_gemv, "gemm": part_gemm, "fit": part_fit, "call": part_call}
+    parts = {"roof": part_roof, "gemv": part_gemv, "cache": part_cache, "gemm": part_gemm, "fit": part_fit, "call": part_call}
     for name, part in parts.items():
         if name in chosen:
             results["parts"][name], reached = part(options)

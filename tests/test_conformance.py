@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 
 import pytest
@@ -11,8 +10,6 @@ import torch
 from numfit.formats import format, quantize_tensor
 from numfit.formats.catalogue import MANT4
 from numfit.formats.grid import mant_magnitudes, ranked
-
-fit_module = importlib.import_module("numfit.formats.fit")
 
 # relative squared error in percent at g = 64, absmax, standard normal weights (section 3)
 RELATIVE = {"int4-g64": 1.149, "fp4-g64": 1.123, "nf4-g64": 0.848, "pot4-g64": 3.547, "flint4-g64": 2.577,

@@ -20,9 +20,8 @@ import pytest
 import torch
 
 from numfit.errors import FormatError
-from numfit.formats import QuantizedTensor, bases, format, quantize_tensor
+from numfit.formats import QuantizedTensor, bases, fitter, format, quantize_tensor
 
-fit_module = importlib.import_module("numfit.formats.fit")  # its function of the same name hides the module
 F32 = np.float32
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
@@ -437,7 +436,7 @@ def test_pruning_finds_the_same_minimum(name: str, monkeypatch: pytest.MonkeyPat
     for what, w, importance in pruning_data():
         pruned = quantize_tensor(w, name, importance=importance)
         with monkeypatch.context() as patch:
-            patch.setattr(fit_module, "BATCH", 1000)  # all candidates in one batch: nothing is ever pruned
+            patch.setattr(fitter, "BATCH", 1000)  # all candidates in one batch: nothing is ever pruned
             full = quantize_tensor(w, name, importance=importance)
         assert same_planes(pruned, full), what
 
@@ -728,9 +727,9 @@ def clear_caches() -> None:
 @pytest.mark.filterwarnings("error:torch.compile cannot build")
 def test_compiled_and_eager_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large enough to be compiled by itself: the same bytes as the eager reference, for one thread and for two."""
-    monkeypatch.setattr(fit_module, "usable", lambda device: False)  # as where numfit's own kernels are missing
+    monkeypatch.setattr(fitter, "usable", lambda device: False)  # as where numfit's own kernels are missing
     w = torch.randn(256, 512, generator=torch.Generator().manual_seed(6))
-    assert w.numel() * 16 * 20 * 8 >= fit_module.COMPILE_FROM
+    assert w.numel() * 16 * 20 * 8 >= fitter.COMPILE_FROM
     calls = []
     real = importlib.import_module("numfit.formats.fused").try_fused
     monkeypatch.setattr("numfit.formats.search.try_fused", lambda *a: calls.append(a[0].__name__) or real(*a))
@@ -738,7 +737,7 @@ def test_compiled_and_eager_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls
     two = with_threads(1 if torch.get_num_threads() > 1 else 2, lambda: quantize_tensor(w, "mant4-g64"))
     assert same_planes(compiled, two)
-    monkeypatch.setattr(fit_module, "COMPILE_FROM", 1 << 62)
+    monkeypatch.setattr(fitter, "COMPILE_FROM", 1 << 62)
     before = len(calls)
     eager = quantize_tensor(w, "mant4-g64")
     assert len(calls) == before
@@ -754,12 +753,12 @@ def test_without_a_compiler_the_result_is_the_same(monkeypatch: pytest.MonkeyPat
 
         return fail
 
-    monkeypatch.setattr(fit_module, "usable", lambda device: False)
+    monkeypatch.setattr(fitter, "usable", lambda device: False)
     w = torch.randn(64, 256, generator=torch.Generator().manual_seed(6))
     want = quantize_tensor(w, "mant4-g64")
     monkeypatch.setattr(fused, "_state", {"works": True})
     monkeypatch.setattr(fused, "_compiled", broken)
-    monkeypatch.setattr(fit_module, "COMPILE_FROM", 0)
+    monkeypatch.setattr(fitter, "COMPILE_FROM", 0)
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler.*several times slower"):
         found = quantize_tensor(w, "mant4-g64")
     assert same_planes(found, want)

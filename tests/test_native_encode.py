@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from numfit.formats import Format, Params, bases, decode, encode, fit, format, quantize_tensor
+from numfit.formats import Format, Params, bases, decode, encode, fit, fitter, format, quantize_tensor
 from numfit.formats import codec as codec_module
 from numfit.formats import fit as fit_function
 from numfit.native import isa_names, library, set_isa
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels were not built: no compiler at install")
 ISAS = isa_names()
-fit_module = __import__("sys").modules["numfit.formats.fit"]
 
 NAMES = [format(name).name for name in bases()] + [
     "mant4-g32@e3m3", "mant4-g64@u8", "int4-row", "uint4-row", "int4-tensor", "uint3-tensor", "fp4.25-tensor",
@@ -37,7 +36,7 @@ def reference(
     monkeypatch: pytest.MonkeyPatch, fmt: Format, w: Tensor, importance: Tensor | None, rule: str
 ) -> tuple[Params, Tensor]:
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "usable", lambda device: False)
+        patch.setattr(fitter, "usable", lambda device: False)
         patch.setattr(codec_module, "usable", lambda device: False)
         params = fit_function(fmt, w, importance, rule)
         return params, encode(fmt, w, params)

@@ -62,7 +62,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "nf_gather": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_char_p)),
     "nf_unpack": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_char_p)),
     "nf_arena": (c_void_p, (c_int64,)),
-    "nf_arena_free": (None, (c_void_p, c_int64)),
+    "nf_arena_free": (None, (c_void_p,)),
     "nf_read_stream": (c_int64, (c_void_p, c_int64)),
 }
 

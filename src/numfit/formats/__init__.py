@@ -2,10 +2,11 @@
 
 from numfit.formats.catalogue import bases, register
 from numfit.formats.codec import decode, encode
-from numfit.formats.fit import Params, fit
+from numfit.formats.fit import fit
 from numfit.formats.format import Format, PlaneSpec
 from numfit.formats.grid import Grid
 from numfit.formats.names import format
+from numfit.formats.params import Params
 from numfit.formats.scale import Scale
 from numfit.formats.tensor import QuantizedTensor, pack, quantize_tensor
 

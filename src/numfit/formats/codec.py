@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from numfit.formats.fit import Params, family, row_chunks
 from numfit.formats.format import Format
 from numfit.formats.fused import try_fused
 from numfit.formats.nearest import CHAIN_MAX, rank, tables
 from numfit.formats.onepass import encode as encode_in_one_pass
 from numfit.formats.onepass import usable
+from numfit.formats.params import Params, family, row_chunks
 
 _CHUNK = 1 << 18  # weights at a time: the intermediates stay in cache
 _NATIVE_CHUNK = 1 << 23  # the same where there are none, but for a copy in fp32

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from numfit.errors import CheckpointError, FormatError
 from numfit.formats.codec import decode, encode
-from numfit.formats.fit import Params, fit
+from numfit.formats.fit import fit
 from numfit.formats.format import Format
 from numfit.formats.names import format as named_format
 from numfit.formats.packing import pack_bits, unpack_bits
+from numfit.formats.params import Params
 from numfit.formats.scale import STORES, from_word, to_word
 
 

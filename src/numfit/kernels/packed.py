@@ -17,8 +17,8 @@ from torch import Tensor
 
 from numfit.errors import FormatError, OptionError
 from numfit.formats import Format, QuantizedTensor
-from numfit.formats.fit import family
 from numfit.formats.packing import pack_bits, unpack_bits
+from numfit.formats.params import family
 from numfit.formats.scale import STORES, from_word, to_word, word_dtype
 from numfit.native import ERROR_BYTES, Matrix, library
 

@@ -139,7 +139,7 @@ NF_API nf_linear *nf_repack(const nf_matrix *matrix, char *error) {
 
 NF_API void nf_free(nf_linear *l) {
     if (!l) return;
-    arena_free(l->arena, l->arena_bytes);
+    arena_free(l->arena);
     delete l;
 }
 
@@ -219,7 +219,7 @@ NF_API void *nf_arena(int64_t bytes) {
     bool huge;
     return arena_alloc(bytes, &huge);
 }
-NF_API void nf_arena_free(void *arena, int64_t bytes) { arena_free(arena, bytes); }
+NF_API void nf_arena_free(void *arena) { arena_free(arena); }
 
 NF_API int64_t nf_read_stream(const void *arena, int64_t bytes) {
     const auto *p = static_cast<const uint8_t *>(arena);

@@ -29,7 +29,7 @@ bool same_geometry(const Layout &a, const Layout &b) {
 Acts prepare(const Layout &l, const float *x, int64_t m, int64_t ldx, bool exact) {
     thread_local Scratch scratch;
     Acts a;
-    a.m = m, a.tiles = l.tiles, a.tile = l.tile, a.sub = l.sub;
+    a.m = m;
     const int64_t positions = l.positions() * m, groups = l.groups() * m;
     if (exact) {
         a.exact = reinterpret_cast<float *>(scratch.get(static_cast<size_t>(positions) * sizeof(float)));

@@ -37,7 +37,7 @@ struct Arena {
     Arena &operator=(const Arena &) = delete;
     ~Arena() { release(); }
     void release() {
-        if (data) nf::arena_free(data, bytes);
+        if (data) nf::arena_free(data);
         data = nullptr, bytes = 0;
     }
     bool allocate(int64_t wanted) {

@@ -7,8 +7,7 @@ namespace nf {
 // Activations of m tokens, laid out for the kernels of one (tile, sub, column) geometry:
 // int8: codes [tiles][m][tile], scale and sum of each group [groups][m]; exact: fp32 [tiles][m][tile].
 struct Acts {
-    int64_t m = 0, tiles = 0;
-    int tile = 0, sub = 0;
+    int64_t m = 0;
     int8_t *codes = nullptr;
     float *scale = nullptr;
     int32_t *sum = nullptr;

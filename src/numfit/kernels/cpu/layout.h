@@ -86,7 +86,7 @@ struct Layout {
 
 // memory.cpp: 2 MiB-aligned memory, in huge pages where the system grants them (the largest single lever on decoding).
 void *arena_alloc(int64_t bytes, bool *huge);
-void arena_free(void *arena, int64_t bytes);
+void arena_free(void *arena);
 
 }  // namespace nf
 

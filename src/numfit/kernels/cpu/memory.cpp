@@ -34,6 +34,6 @@ void *arena_alloc(int64_t bytes, bool *huge) {
     return arena;
 }
 
-void arena_free(void *arena, int64_t) { std::free(arena); }
+void arena_free(void *arena) { std::free(arena); }
 
 }  // namespace nf
