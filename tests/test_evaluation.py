@@ -21,7 +21,7 @@ from numfit.cli import eval as eval_verb
 from numfit.errors import CheckpointError, NumfitError, OptionError
 from numfit.evaluation import Reference, evaluate, evaluate_many
 from numfit.evaluation import reference as reference_module
-from numfit.evaluation.forward import decoder_layers, layer_noise, logits_by_position
+from numfit.evaluation.forward import layer_noise, logits_by_position
 from numfit.evaluation.metrics import divergence, next_token_losses, summarize_divergence, summarize_losses
 from numfit.evaluation.sizes import bits_per_weight, model_bytes
 from numfit.text import token_windows
@@ -234,9 +234,9 @@ def test_noise_is_relative_seeded_and_removed() -> None:
         assert torch.equal(one, two) and not torch.equal(one, clean)
         assert torch.equal(model(input_ids=ids).logits, clean)
         seen = []
-        handle = decoder_layers(model)[0].register_forward_hook(lambda *a: seen.append(a[2]))
+        handle = decoder_layers(model)[0][1].register_forward_hook(lambda *a: seen.append(a[2]))
         with layer_noise(model):
-            handle_after = decoder_layers(model)[0].register_forward_hook(lambda *a: seen.append(a[2]))
+            handle_after = decoder_layers(model)[0][1].register_forward_hook(lambda *a: seen.append(a[2]))
             model(input_ids=ids)
         handle.remove(), handle_after.remove()
         before, after = ((x if isinstance(x, torch.Tensor) else x[0]) for x in seen)

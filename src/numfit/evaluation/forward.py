@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numfit.structure.modules import decoder_layers
+
 LOGITS = 1 << 25  # asked for at a time: 128 MiB in fp32, few enough calls for a packed head that decodes itself anew
 NOISE = 2.0**-9  # relative; about the root mean square error of rounding to bf16
 
@@ -66,15 +68,6 @@ def _remembered(decoder: nn.Module) -> Iterator[None]:
             decoder.forward = covered
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The outermost list of as many modules as the configuration has layers; [] when there is none."""
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    count = getattr(config, "num_hidden_layers", None)
-    lists = [(name.count("."), m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    fitting = [(depth, m) for depth, m in lists if len(m) == count]
-    return list(min(fitting, key=lambda pair: pair[0])[1]) if fitting else []
-
-
 @contextmanager
 def layer_noise(model: nn.Module, seed: int = 0, relative: float = NOISE) -> Iterator[None]:
     """While inside, every decoder layer's output x becomes x·(1 + relative·N(0, 1)), drawn from one seeded generator.
@@ -91,7 +84,7 @@ def layer_noise(model: nn.Module, seed: int = 0, relative: float = NOISE) -> Ite
         x = (x.float() * (1 + relative * noise)).to(x.dtype)
         return x if isinstance(output, Tensor) else (x, *output[1:])
 
-    handles = [layer.register_forward_hook(disturb) for layer in decoder_layers(model)]
+    handles = [layer.register_forward_hook(disturb) for _, layer in decoder_layers(model)]
     try:
         yield
     finally:

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from numfit.errors import CheckpointError, NumfitError, OptionError
-from numfit.evaluation.forward import decoder_layers, layer_noise
+from numfit.evaluation.forward import layer_noise
 from numfit.evaluation.metrics import divergence, summarize_divergence, summarize_losses
 from numfit.evaluation.scoring import dtype_name, score, scored_bytes
+from numfit.structure.modules import decoder_layers
 from numfit.text import bos_token, read_text, token_windows
 
 METRICS_VERSION = 1  # of what is stored and how it was computed; a kept reference of another version is not used

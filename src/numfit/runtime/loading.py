@@ -16,7 +16,7 @@ import torch
 from numfit.checkpoint import open_source, resolve_model
 from numfit.checkpoint.source import TOKENIZER_FILES
 from numfit.errors import CheckpointError, OptionError, require
-from numfit.runtime.index import some
+from numfit.checkpoint.index import some
 from numfit.runtime.modules import check_activations, loading_with, use_kernels
 
 DTYPES = {

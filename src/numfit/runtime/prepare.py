@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from numfit.checkpoint.safetensors_file import DTYPE_NAMES, TensorInfo, read_header, read_tensor
 from numfit.errors import CheckpointError, FormatError, OptionError
 from numfit.formats import Format, QuantizedTensor
-from numfit.runtime.index import Target, map_tensors, some
+from numfit.checkpoint.index import Target, map_tensors, some
 from numfit.runtime.modules import attach, drop_anchor, packed_modules, use_kernels
 from numfit.runtime.packed import PackedParameter, Piece
 
