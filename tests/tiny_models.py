@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("OlmoConfig", {}),  # norms without weights: no parameter is left
     "minimax": ("MiniMaxConfig", {"num_local_experts": 3}),  # persistent buffers that look like matrices
     "mixtral": ("MixtralConfig", {"num_local_experts": 3}),  # a tensor per expert in the file, fused in the model
+    "gpt-neox": ("GPTNeoXConfig", {"tie_word_embeddings": False}),  # fused qkv, biases, attention and network in parallel
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 4}),  # 3-D experts with biases in the file
 }
 IDS = torch.randint(3, 96, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -135,6 +136,11 @@ def logits(model: Any) -> Tensor:
 def from_reference(path: Path, **options: Any) -> Any:
     """The plain model, its experts applied in the same order as ours."""
     return transformers().AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager", **options)
+
+
+def words(count: int, seed: int = 5) -> str:
+    """A text of so many tokens for the tokenizer of `save_tokenizer`."""
+    return " ".join(f"w{i}" for i in torch.randint(3, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
 def save_tokenizer(path: Path, chat_template: str | None = None) -> None:

@@ -32,35 +32,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, format_needed: bool = True) -> None:
     """The arguments that plan and quantize share."""
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory, a GGUF file, or a hub name")
     parser.add_argument(
-        "-f", "--format", required=True, metavar="FORMAT", help="of the linear weights; 'numfit formats' lists them"
-    )
+        "-f", "--format", required=format_needed, metavar="FORMAT",
+        help="of the linear weights; 'numfit formats' lists them",
+    )  # fmt: skip
     parser.add_argument(
-        "--embedding", default="int8-g32", metavar="FORMAT",
+        "--embedding", metavar="FORMAT",
         help="of embeddings and lm_head (default int8-g32); 'keep' leaves them as they are",
     )  # fmt: skip
     parser.add_argument(
-        "--rule", action="append", default=[], metavar="REGEX=FORMAT", dest="rules",
+        "--rule", action="append", metavar="REGEX=FORMAT", dest="rules",
         help="another format (or 'keep') for the tensors whose name matches; repeatable, the first match wins",
     )  # fmt: skip
     parser.add_argument(
-        "--skip", action="append", default=[], metavar="REGEX", help="keep the tensors whose name matches; repeatable"
+        "--skip", action="append", metavar="REGEX", help="keep the tensors whose name matches; repeatable"
     )
     parser.add_argument(
-        "--scale-rule", default="mse", metavar="RULE",
+        "--scale-rule", metavar="RULE",
         help="mse: search the scale of least error (default); absmax: no search; floor, ceil: OCP's, for mx formats",
     )  # fmt: skip
-    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest output file (default 5GB)")
+    parser.add_argument("--shard-size", metavar="SIZE", help="largest output file (default 5GB)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
 
 def recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_recipe_arguments` as those of `numfit.plan` and `numfit.quantize`."""
+    """The arguments of `add_recipe_arguments` that were given, as those of `numfit.plan` and `numfit.quantize`."""
     names = ("embedding", "rules", "skip", "scale_rule", "shard_size", "threads")
-    return {name: getattr(args, name) for name in names}
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def run(args: argparse.Namespace) -> int:

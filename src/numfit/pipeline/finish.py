@@ -14,6 +14,7 @@ from numfit.checkpoint.source import INDEX_FILE, Source
 from numfit.errors import OptionError
 from numfit.pipeline.partial import Record, describe_difference
 from numfit.pipeline.planning import Plan, PlannedTensor
+from numfit.pipeline.recipe import RECIPE, write_recipe
 
 
 def already_there(out: Path, identity: dict[str, Any]) -> bool:
@@ -45,8 +46,11 @@ def already_there(out: Path, identity: dict[str, Any]) -> bool:
     return True
 
 
-def finish(source: Source, plan: Plan, identity: dict[str, Any], stage: Path, records: dict[str, Record]) -> None:
-    """Write everything but the weights: configuration, index, tokenizer and, last, the manifest."""
+def finish(
+    source: Source, plan: Plan, identity: dict[str, Any], stage: Path, records: dict[str, Record],
+    calibration: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    """Write everything but the weights: configuration, index, tokenizer, recipe and, last, the manifest."""
     if hasattr(source, "save_tokenizer"):
         source.save_tokenizer(stage)
     for path in source.aux_files():
@@ -58,6 +62,8 @@ def finish(source: Source, plan: Plan, identity: dict[str, Any], stage: Path, re
         "tensors": {tensor.name: tensor.format.name for tensor in plan.quantized if tensor.format},
     }
     (stage / "config.json").write_bytes(canonical_json({**plan.config, "quantization_config": quantization}, sort=False))
+    if calibration is not None:
+        write_recipe(stage / RECIPE, plan.recipe)
     if len(plan.shards) > 1:
         (stage / INDEX_FILE).write_bytes(canonical_json(index_json(plan.shards), sort=False))
     files = {
@@ -90,7 +96,7 @@ def finish(source: Source, plan: Plan, identity: dict[str, Any], stage: Path, re
     dropped = {tensor.name: tensor.why for tensor in plan.tensors if tensor.dropped}
     manifest = {
         "format_version": FORMAT_VERSION, **identity, "tensors": tensors, "kept": kept, "dropped": dropped,
-        "files": files, "totals": plan.totals(),
+        "files": files, "totals": plan.totals(), **({"calibration": calibration} if calibration else {}),
     }  # fmt: skip
     path = stage / MANIFEST
     path.write_bytes(canonical_json(manifest))

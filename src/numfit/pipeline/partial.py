@@ -4,7 +4,8 @@
         lock            held (flock) by the run that writes
         identity.json   options, source hashes, numfit version: what must be equal to go on
         journal.jsonl   one line a finished tensor, in file order
-        checkpoint/     what will be OUT, renamed in one step at the end
+        layers/         of a calibrated run: finished layers, hidden states (layers.py)
+    checkpoint/     what will be OUT, renamed in one step at the end
 
 A line is appended to the journal after its tensor was written, read back and checked. Data and journal are flushed to
 the disk together once a second and at the end of each file, not for every tensor: a killed process loses nothing by
@@ -31,6 +32,7 @@ from numfit.checkpoint.safetensors_file import CHUNK, Group, Shard
 from numfit.errors import OptionError
 
 IDENTITY, JOURNAL, LOCK, STAGE = "identity.json", "journal.jsonl", "lock", "checkpoint"
+LAYERS = "layers"
 SYNC_EVERY = 1.0  # seconds
 
 
@@ -45,7 +47,7 @@ def locked(partial: Path) -> Iterator[None]:
         raise OptionError(f"'{partial}', where the unfinished work would go, is a file; move it away")
     partial.mkdir(parents=True, exist_ok=True)
     strange = sorted(
-        path.name for path in partial.iterdir() if path.name not in (IDENTITY, JOURNAL, LOCK, STAGE, f"{IDENTITY}.new")
+        path.name for path in partial.iterdir() if path.name not in (IDENTITY, JOURNAL, LOCK, STAGE, LAYERS, f"{IDENTITY}.new")
     )
     if strange:
         raise OptionError(

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,14 +35,16 @@ from numfit.checkpoint.safetensors_file import (
     tensor_bytes,
 )
 from numfit.checkpoint.source import DirectorySource, Source, open_source
-from numfit.errors import CheckpointError, FormatError
+from numfit.errors import CheckpointError, FormatError, OptionError
 from numfit.formats import Format, QuantizedTensor, quantize_tensor
 from numfit.pipeline import partial as unfinished
 from numfit.pipeline.finish import already_there, finish
+from numfit.pipeline.layers import Calibration, Results, read_calibration, solve_layers
 from numfit.pipeline.memory import peak_bytes
 from numfit.pipeline.partial import Journal, Record
-from numfit.pipeline.planning import SHARD_SIZE, Plan, PlannedTensor, make_plan, rule_for
+from numfit.pipeline.planning import Plan, PlannedTensor, make_plan, rule_for
 from numfit.pipeline.progress import Progress
+from numfit.pipeline.recipe import choose
 from numfit.threads import cpu_threads
 from numfit.version import VERSION
 
@@ -50,24 +53,33 @@ CHECK_WEIGHTS = 1 << 22  # weights decoded at a time while checking
 
 def quantize(
     model: str | Path,
-    format: str | Format,
+    format: str | Format | None,
     out: str | Path,
     *,
-    embedding: str | Format = "int8-g32",
-    rules: Sequence[str | tuple[str, str]] = (),
-    skip: Sequence[str] = (),
-    scale_rule: str = "mse",
-    shard_size: str | int = SHARD_SIZE,
+    embedding: str | Format | None = None,
+    rules: Sequence[str | tuple[str, str]] | None = None,
+    skip: Sequence[str] | None = None,
+    scale_rule: str | None = None,
+    shard_size: str | int | None = None,
     threads: int | None = None,
     progress: bool = True,
+    calibration: str | Path | None = None,
+    recipe: str | Path | None = None,
+    statistics: str | Path | None = None,
+    **parts: Any,
 ) -> dict[str, Any]:
     """Quantize a model to a packed checkpoint. A run that was killed is resumed by the same call.
 
     Args:
-        model, format, embedding, rules, skip, scale_rule, shard_size, threads: as for `plan`.
+        model, format, embedding, rules, skip, scale_rule, shard_size, threads: as for `plan`; None takes the recipe's, or else
+            the default.
         out: directory to make; must not exist or be empty, or be this very checkpoint (then nothing is done).
             Unfinished work lies in `<out>.partial`.
         progress: show it on standard error.
+        calibration: a text file (or the text itself), or "hub:DATASET[:CONFIG[:SPLIT]]"; None rounds without data.
+        recipe: "fast", "balanced", "quality", "extreme", or the path of a recipe.yaml.
+        statistics: keep the statistics of the linears' inputs in this directory, for other runs on the same text.
+        parts: fields of `recipe.Parts`, each of which wins over the recipe.
 
     Returns:
         {"status": "written" or "already there", "out", "tensors", "kept", "resumed", "seconds", "peak_memory_bytes",
@@ -77,15 +89,25 @@ def quantize(
         CheckpointError: the source is damaged or holds NaN or Inf, or the output cannot be written.
         FormatError: an unknown format. OptionError: options that do not fit, or differ from those of unfinished work.
     """
+    options, chosen = choose(recipe, parts, calibration is not None)
+    given = {"embedding": embedding, "rules": rules, "skip": skip, "scale_rule": scale_rule, "shard_size": shard_size}
+    options |= {key: value for key, value in given.items() if value is not None}
+    format = format or options.pop("format", None)
+    options.pop("format", None)
+    if format is None:
+        raise OptionError("a format is needed: -f FORMAT, or a recipe file that names one; 'numfit formats' lists them")
     with cpu_threads(threads):
         source = open_source(model)
-        plan = make_plan(
-            source, format, embedding=embedding, rules=rules, skip=skip, scale_rule=scale_rule, shard_size=shard_size
-        )
-        return _carry_out(source, plan, out, progress)
+        plan = make_plan(source, format, **options)
+        task = None
+        if chosen is not None:
+            assert calibration is not None
+            task = Calibration(chosen, read_calibration(calibration), Path(statistics) if statistics else None)
+            plan = replace(plan, recipe={**plan.recipe, **task.recipe})
+        return _carry_out(source, plan, out, progress, task)
 
 
-def _carry_out(source: Source, plan: Plan, out: str | Path, progress: bool) -> dict[str, Any]:
+def _carry_out(source: Source, plan: Plan, out: str | Path, progress: bool, task: Calibration | None) -> dict[str, Any]:
     """Make `plan` real at `out`, unless it is already; see `quantize`."""
     started = time.monotonic()
     formats = {tensor.format.name: tensor.format.to_json() for tensor in plan.quantized if tensor.format}
@@ -108,7 +130,7 @@ def _carry_out(source: Source, plan: Plan, out: str | Path, progress: bool) -> d
             status = "written"
             with unfinished.locked(partial):
                 unfinished.check_identity(partial, identity)
-                resumed = _walk(source, plan, identity, partial, progress)
+                resumed = _walk(source, plan, identity, partial, progress, task)
                 os.rename(partial / unfinished.STAGE, out)
                 unfinished.remove(partial)
     manifest = read_manifest(out)
@@ -124,7 +146,7 @@ def _carry_out(source: Source, plan: Plan, out: str | Path, progress: bool) -> d
         "file_bytes": plan.file_bytes,
         "totals": plan.totals(),
         "worst": sorted(([name, error] for name, error in errors.items()), key=lambda item: -item[1])[:5],
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *manifest.get("calibration", {}).get("notes", [])],
     }
 
 
@@ -159,8 +181,11 @@ def _write_errors(out: Path, partial: Path) -> Iterator[None]:
 # -- the walk ----------------------------------------------------------------------------------------------------------
 
 
-def _walk(source: Source, plan: Plan, identity: dict[str, Any], partial: Path, shown: bool) -> int:
+def _walk(
+    source: Source, plan: Plan, identity: dict[str, Any], partial: Path, shown: bool, task: Calibration | None
+) -> int:
     """Fill `partial`'s stage with the finished checkpoint; returns how many tensors an earlier run had done."""
+    solved = solve_layers(source, plan, task, partial, shown) if task else None
     stage = partial / unfinished.STAGE
     stage.mkdir(exist_ok=True)
     found = unfinished.recover(partial, plan.shards)
@@ -180,11 +205,11 @@ def _walk(source: Source, plan: Plan, identity: dict[str, Any], partial: Path, s
                 if skip >= len(shard.groups):
                     skip -= len(shard.groups)
                     continue
-                records += _write_shard(source, stage, shard, skip, planned, plan.recipe["scale_rule"], journal, bar)
+                records += _write_shard(source, stage, shard, skip, planned, plan.recipe["scale_rule"], solved, journal, bar)
                 skip = 0
     finally:
         journal.close()
-    finish(source, plan, identity, stage, {record.tensor: record for record in records})
+    finish(source, plan, identity, stage, {record.tensor: record for record in records}, solved.account if solved else None)
     return len(found.records)
 
 
@@ -198,7 +223,7 @@ def _check_space(stage: Path, plan: Plan) -> None:
 
 def _write_shard(
     source: Source, stage: Path, shard: Shard, skip: int, planned: dict[str, PlannedTensor], rule: str,
-    journal: Journal, bar: Progress,
+    solved: Results | None, journal: Journal, bar: Progress,
 ) -> list[Record]:  # fmt: skip
     """Append the groups after the first `skip` to one file; truncates what stands behind those."""
     path = stage / shard.file
@@ -212,7 +237,7 @@ def _write_shard(
         for group in shard.groups[skip:]:
             tensor = planned[group.name]
             bar.at(tensor.name)
-            record = _write_tensor(source, stage, shard, group, tensor, rule, file)
+            record = _write_tensor(source, stage, shard, group, tensor, rule, solved, file)
             journal.append(record, file)
             records.append(record)
             bar.add(tensor.name, tensor.bytes_before)
@@ -221,12 +246,14 @@ def _write_shard(
 
 
 def _write_tensor(
-    source: Source, stage: Path, shard: Shard, group: Group, tensor: PlannedTensor, rule: str, file: BinaryIO
-) -> Record:
-    """Read, quantize, append, read back and check one tensor."""
+    source: Source, stage: Path, shard: Shard, group: Group, tensor: PlannedTensor, rule: str, solved: Results | None,
+    file: BinaryIO,
+) -> Record:  # fmt: skip
+    """Read, quantize (or take what the calibrated walk has solved), append, read back and check one tensor."""
     weight = source.read(tensor.name)
     _check_finite(weight, source.info(tensor.name), source.path)
-    sha256 = _append(_encode(weight, tensor, rule), group, file)
+    slots = solved.read(tensor) if solved else None
+    sha256 = _append(_encode(weight, tensor, rule) if slots is None else slots, group, file)
     again = {slot.name: read_tensor(stage, shard.infos[slot.name]) for slot in group.slots}
     for name, value in again.items():
         if hashlib.sha256(tensor_bytes(value)).hexdigest() != sha256[name]:

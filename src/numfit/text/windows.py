@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from numfit.errors import NumfitError, OptionError
+from numfit.errors import NumfitError, OptionError, require
 
 
 def read_text(path: str | Path) -> str:
@@ -49,6 +49,24 @@ def read_text(path: str | Path) -> str:
         size = "is empty" if not text else f"holds only white space ({len(data)} bytes)"
         raise NumfitError(f"the text file {path} {size}: 0 tokens to work on; pass a file with text in it")
     return text
+
+
+def read_dataset(name: str) -> str:
+    """The text of a data set of the hub: "NAME[:CONFIG[:SPLIT]]", its rows' field `text` joined by empty lines.
+
+    Raises:
+        MissingExtraError: the package `datasets` is not installed.
+        NumfitError: it cannot be had, or has no field `text`.
+    """
+    datasets = require("datasets", "data")
+    path, config, split = (*name.split(":"), "", "")[:3]
+    try:
+        rows = datasets.load_dataset(path, config or None, split=split or "train")
+        return "\n\n".join(row["text"] for row in rows if row["text"].strip())
+    except KeyError:
+        raise NumfitError(f"the data set '{path}' has no field 'text'; save the texts you want to a file and pass that") from None
+    except Exception as error:  # what the hub's client raises is not a closed set
+        raise NumfitError(f"the data set '{name}' cannot be had: {str(error).splitlines()[0] if str(error) else error!r}") from None
 
 
 def bos_token(tokenizer: Any, model_type: str = "") -> int | None:
@@ -115,6 +133,37 @@ def token_windows(
     if first is None:
         return windows
     return torch.cat([torch.full((n, 1), first, dtype=torch.int64), windows], dim=1)  # [n, 1 + span]
+
+
+def calibration_windows(
+    tokenizer: Any, text: str, n: int, context: int, model_type: str = ""
+) -> tuple[Tensor, list[str]]:
+    """As `token_windows`, but content with fewer or shorter windows where the text has no more.
+
+    Returns:
+        (int64 [windows, context], what should be told).
+
+    Raises:
+        OptionError: n or context too small, or a text of less than two tokens.
+    """
+    bos = bos_token(tokenizer, model_type)
+    lead = 0 if bos is None else 1
+    total = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    size = max(1, len(text.encode("utf-8", errors="surrogatepass")))
+    notes = []
+    if n * (context - lead) > total >= 2:
+        fewer, shorter = max(1, total // max(1, context - lead)), min(context, total + lead)
+        notes.append(
+            f"the calibration text has {total} tokens, fewer than the {n * (context - lead)} of {n} windows of {context}: "
+            f"{fewer} window{'' if fewer == 1 else 's'} of {shorter} are used"
+        )
+        n, context = fewer, shorter
+    if total > size / 2 and size > 1000:
+        notes.append(
+            f"the tokenizer needs {total} tokens for {size} bytes of the calibration text: is it in a language, or of a kind, "
+            "that the model knows?"
+        )
+    return token_windows(tokenizer, text, n, context, bos), notes
 
 
 def _too_short(total: int, n: int, context: int, lead: int) -> str:

@@ -1,0 +1,329 @@
+"""The calibrated walk: decoder layer after decoder layer, each solved with what the text does to its inputs.
+
+    hidden states ─→ layer k as it was ─→ statistics ─→ solver ─→ (reconstruction) ─→ planes of layer k, in a file
+         └────────────────────────────→ hidden states that enter layer k+1
+
+One layer's weights and statistics are in memory; hidden states lie in files (calibration/streams.py). A finished layer is a
+file of planes that appears in one step, so a killed run goes on with the next one. The tensor-by-tensor walk (walk.py) then
+writes the checkpoint and takes from here what has been solved; what is no decoder layer (embeddings, head) it rounds as ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numfit.calibration import Blocks, Key, Recorder, Statistics, Stream, load_statistics, save_statistics
+from numfit.checkpoint.packed import plane_name
+from numfit.checkpoint.source import Source
+from numfit.errors import CheckpointError
+from numfit.pipeline.linear import FEW, Solved, finish, reconstruct_layer, round_only, solve_linear
+from numfit.pipeline.partial import LAYERS
+from numfit.pipeline.planning import Plan, PlannedTensor
+from numfit.pipeline.progress import Progress
+from numfit.pipeline.recipe import Parts, as_recipe
+from numfit.text import calibration_windows, read_dataset, read_text
+
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibrated part of a run: what is done, on which text, and where statistics are kept, if they are."""
+
+    parts: Parts
+    text: str
+    statistics: Path | None = None
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the recipe says of it."""
+        sha256 = hashlib.sha256(self.text.encode("utf-8", errors="surrogatepass")).hexdigest()
+        return {**as_recipe(self.parts), "calibration": f"text of sha256 {sha256}"}
+
+
+def read_calibration(text: str | Path) -> str:
+    """The calibration text: of a file, of a data set ("hub:NAME[:CONFIG[:SPLIT]]"), or the text itself.
+
+    Raises:
+        NumfitError: the file cannot be used.
+    """
+    name = str(text)
+    if name.startswith("hub:"):
+        return read_dataset(name.removeprefix("hub:"))
+    if isinstance(text, Path) or os.path.isfile(name) or ("\n" not in name and len(name) < 256):
+        return read_text(text)
+    return name
+
+
+class Results:
+    """The solved tensors of finished layers, read from their files when asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.home: dict[str, Path] = {}
+        self.errors: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.tokens = 0
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """What the manifest says of the calibration."""
+        return {"tokens": self.tokens, "layers": len(set(self.home.values())), "notes": self.notes}
+
+    def take_up(self, k: int) -> dict[str, Any] | None:
+        """Learn of layer k's file; returns what it says of itself, or None where it is missing or damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.directory / f"{k:05d}.safetensors"
+        try:
+            with safe_open(str(path), "pt") as file:
+                said: dict[str, Any] = json.loads(file.metadata()["layer"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        for name, error in said["errors"].items():
+            self.home[name], self.errors[name] = path, error
+        self.notes += said["notes"]
+        return said
+
+    def save(self, k: int, planes: Mapping[str, Tensor], said: dict[str, Any]) -> None:
+        """Write layer k's file in one step, and take it up."""
+        from safetensors.torch import save_file
+
+        path = self.directory / f"{k:05d}.safetensors"
+        part = path.with_name(path.name + ".part")
+        save_file({n: t.contiguous() for n, t in planes.items()}, str(part), metadata={"layer": json.dumps(said)})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        self.take_up(k)
+
+    def read(self, tensor: PlannedTensor) -> dict[str, Tensor] | None:
+        """What the checkpoint will hold of a tensor, by the names of its slots; None where it was not solved here."""
+        from safetensors import safe_open
+
+        if tensor.name not in self.home:
+            return None
+        names = [plane_name(tensor.name, p) for p in tensor.format.planes(tensor.shape)] if tensor.format else [tensor.name]
+        with safe_open(str(self.home[tensor.name]), "pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+
+
+class Walk:
+    """The state of a calibrated walk; `run` does it."""
+
+    def __init__(
+        self, source: Source, plan: Plan, task: Calibration, partial: Path, shown: bool
+    ) -> None:
+        parts = task.parts
+        self.source, self.plan, self.parts, self.shown = source, plan, parts, shown
+        self.directory = partial / LAYERS
+        self.directory.mkdir(exist_ok=True)
+        self.results = Results(self.directory)
+        self.blocks = Blocks(source, plan.config)
+        self.windows, self.notes = calibration_windows(
+            self.blocks.tokenizer, task.text, parts.windows, parts.context, str(plan.config.get("model_type", ""))
+        )
+        self.statistics = task.statistics
+        self.planned = {tensor.name: tensor for tensor in plan.tensors}
+        width = self.blocks.model.config.get_text_config().hidden_size
+        shape = (len(self.windows), self.windows.shape[1], width)
+        self.original = Stream(self.directory, "original", shape)
+        self.quantized = Stream(self.directory, "quantized", shape) if parts.needs_quantized else None
+        tokens = self.windows.numel()
+        widest = max((t.shape[-1] for t in plan.quantized if t.role in ("linear", "experts")), default=0)
+        if tokens < widest:
+            self.notes.append(
+                f"the text gives {tokens} tokens, fewer than the {widest} input channels of the widest layer: its second "
+                f"moments are singular; {8 * widest} tokens or more are better"
+            )
+
+    @property
+    def streams(self) -> list[Stream]:
+        return [self.original, *([self.quantized] if self.quantized else [])]
+
+    def run(self) -> Results:
+        """Solve every layer that is not solved yet."""
+        count = len(self.blocks)
+        first = self._resume()
+        sizes = [sum(self.source.info(n).nbytes for n in self.blocks.sources_of(k)) for k in range(count)]
+        with Progress("calibrating and solving", sum(sizes), sum(sizes[:first]), self.shown) as bar:
+            if first < count:
+                self._embed(first)
+            for k in range(first, count):
+                bar.at(self.blocks.prefixes[k])
+                self._layer(k)
+                bar.add(self.blocks.prefixes[k], sizes[k])
+        for stream in self.streams:
+            stream.drop_before(count + 1)
+        self.results.notes[:0] = self.notes
+        self.results.tokens = self.windows.numel()
+        return self.results
+
+    def _resume(self) -> int:
+        """The first layer to solve: all before it are finished, and the hidden states that enter it are sound."""
+        k, said = 0, None
+        while k < len(self.blocks) and (found := self.results.take_up(k)) is not None:
+            k, said = k + 1, found
+        if k in (0, len(self.blocks)):
+            return k
+        assert said is not None
+        for stream in self.streams:
+            if not stream.path(k).is_file() or stream.seal(k) != said["streams"].get(stream.name):
+                if self.shown:
+                    print("the unfinished work is damaged; beginning again", file=sys.stderr, flush=True)
+                self.results = Results(self.directory)
+                return 0
+        return k
+
+    def _embed(self, first: int) -> None:
+        """Run what comes before the layers; also on a resumed run, since the layers' other arguments come from there."""
+        windows = self.windows if first == 0 else self.windows[:2]
+        target = self.original.open(0, new=True) if first == 0 else torch.empty(len(windows), *self.original.shape[1:])
+        self.blocks.embed(windows, target)
+        if first == 0 and self.quantized is not None:
+            self.quantized.open(0, new=True).copy_(target)
+
+    # -- one layer ------------------------------------------------------------------------------------------------------
+
+    def _layer(self, k: int) -> None:
+        blocks, last = self.blocks, k == len(self.blocks) - 1
+        tensors = blocks.read(k)
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"tensor '{name}' holds NaN or Inf; the model is damaged, get a sound copy")
+        mine = [self.planned[name] for name in tensors if self.planned[name].format is not None]
+        blocks.install(k, tensors)
+        statistics = self._statistics(k, {tensor.name for tensor in mine}, last)
+        solved, notes = self._solve(k, mine, tensors, statistics)
+        if self.parts.reconstruct != "none":
+            solved = self._reconstruct(k, solved)
+        planes: dict[str, Tensor] = {}
+        errors: dict[str, float] = {}
+        effective: dict[str, Tensor] = {}
+        for item in solved:
+            packed = finish(item)
+            weight = packed.dequantize()
+            errors[item.name] = _relative(tensors[item.name], weight)
+            planes |= {plane_name(item.name, plane): value for plane, value in packed.state_dict().items()}
+            effective[item.name] = weight
+            notes += item.notes
+        seals = {}
+        if not last:
+            if self.quantized is not None:
+                blocks.install(k, {**tensors, **effective})
+                self._forward(k, self.quantized)
+            seals = {stream.name: stream.seal(k + 1) for stream in self.streams}
+        blocks.release(k)
+        self.results.save(k, planes, {"errors": errors, "notes": notes, "streams": seals})
+        for stream in self.streams:
+            stream.drop_before(k + 1)
+
+    def _forward(self, k: int, stream: Stream) -> None:
+        """Hidden states through layer k as it is now."""
+        hidden, out = stream.open(k), stream.open(k + 1, new=True)
+        with torch.no_grad():
+            for i in range(len(hidden)):
+                out[i] = self.blocks.run(k, hidden[i : i + 1])[0]
+
+    def _statistics(self, k: int, names: set[str], last: bool) -> dict[Key, Statistics]:
+        """Statistics of layer k's linears; the original stream moves on to layer k+1 by the way."""
+        blocks, parts = self.blocks, self.parts
+        kept = self.statistics / f"{k:05d}.safetensors" if self.statistics else None
+        if kept is not None and kept.is_file() and parts.propagate == "original" and not parts.retarget:
+            if not last:
+                self._forward(k, self.original)  # reconstruction's targets
+            return load_statistics(kept)
+        wanted = {target.name for target in blocks.targets_of(k) if any(run.source in names for run in target.runs)}
+        recorder = Recorder(blocks.layers[k], blocks.prefixes[k], wanted, cross=parts.retarget > 0)
+        hidden = self.original.open(k)
+        out = None if last and not parts.reconstruct else self.original.open(k + 1, new=True)
+        seen = self.quantized.open(k) if self.quantized and (parts.propagate == "quantized" or parts.retarget) else None
+        with torch.no_grad():
+            for i in range(len(hidden)):
+                with recorder.watch() if seen is None else recorder.watch_original():
+                    result = blocks.run(k, hidden[i : i + 1])
+                if out is not None:
+                    out[i] = result[0]
+                if seen is not None:
+                    with recorder.watch():
+                        blocks.run(k, seen[i : i + 1])
+                recorder.take()
+        found = recorder.finish()
+        if kept is not None and seen is None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save_statistics(kept, found)
+        return found
+
+    def _solve(
+        self, k: int, mine: list[PlannedTensor], tensors: Mapping[str, Tensor], statistics: Mapping[Key, Statistics]
+    ) -> tuple[list[Solved], list[str]]:
+        places = _places(self.blocks, k)
+        solved, notes = [], []
+        for tensor in mine:
+            assert tensor.format is not None
+            rows = [(key, statistics.get(key)) for key in places.get(tensor.name, [])]
+            w = tensors[tensor.name]
+            k_in = tensor.shape[-1]
+            known = [stats for _, stats in rows if stats is not None and stats.tokens >= FEW and len(stats.mean) == k_in]
+            if not rows or len(known) < len(rows):
+                seen = min((stats.tokens if stats is not None else 0 for _, stats in rows), default=0)
+                notes.append(
+                    f"'{tensor.name}' was rounded without statistics: "
+                    + (f"one of its experts saw {seen} tokens of the text, {FEW} are needed" if rows else "nothing was seen of its inputs")
+                )  # fmt: skip
+                solved.append(round_only(tensor.name, w, tensor.format))
+                continue
+            solved.append(solve_linear(tensor.name, w, known, tensor.format, self.parts))
+        return solved, notes
+
+    def _reconstruct(self, k: int, solved: list[Solved]) -> list[Solved]:
+        assert self.quantized is not None
+        blocks = self.blocks
+
+        def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+            return blocks.run_with(k, blocks.parameters(k, weights), hidden)
+
+        return reconstruct_layer(run, solved, self.quantized.open(k), self.original.open(k + 1), self.parts)
+
+
+def _places(blocks: Blocks, k: int) -> dict[str, list[Key]]:
+    """Where each tensor of the source is multiplied: one key for a matrix, one an expert for [E, N, K]."""
+    out: dict[str, list[Key]] = {}
+    for target in blocks.targets_of(k):
+        if target.transposed or len(target.shape) not in (2, 3):
+            continue
+        per_expert = target.shape[-2]
+        offset = 0
+        for run in target.runs:
+            if len(target.shape) == 2:
+                out.setdefault(run.source, []).append((target.name, None))
+            else:
+                first, last = offset // per_expert, (offset + run.count - 1) // per_expert
+                out.setdefault(run.source, []).extend((target.name, expert) for expert in range(first, last + 1))
+            offset += run.count
+    return out
+
+
+def _relative(w: Tensor, w_hat: Tensor) -> float:
+    """Σ(w − ŵ)² / Σw² with six digits."""
+    total = float(w.double().square().sum())
+    lost = float((w.double() - w_hat.double()).square().sum())
+    return float(f"{lost / total:.6g}") if total else 0.0
+
+
+def solve_layers(source: Source, plan: Plan, task: Calibration, partial: Path, shown: bool) -> Results:
+    """Solve every decoder layer of a plan; see the module docstring.
+
+    Args:
+        partial: the directory of unfinished work, where finished layers and hidden states go.
+    """
+    return Walk(source, plan, task, partial, shown).run()

@@ -1,0 +1,146 @@
+"""One weight and what is known of its inputs → its planes: rotation, solver, corrections, packing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from numfit.calibration import Statistics
+from numfit.errors import FormatError
+from numfit.formats import Format, Params, QuantizedTensor, decode, pack, quantize_tensor
+from numfit.formats.rotation import rotate, unrotate
+from numfit.pipeline.recipe import Parts
+from numfit.solvers import SolverOptions, solve
+
+FEW = 32  # tokens below which an expert's statistics say nothing
+
+
+@dataclass
+class Solved:
+    """A weight whose codes are found, before it is packed.
+
+    Attributes:
+        name: of the tensor. shape: of the weight, [N, K] or [E, N, K]. format: with its side terms.
+        weight: what the codes stand for, in their own (rotated) coordinates, fp32 [R, K].
+        h: second moment of its inputs in those coordinates [K, K]; None where there is none, or one an expert.
+        codes, params: of `format.base`, for all R rows.
+        packed: the finished tensor, where it was rounded without statistics; nothing else is looked at then.
+        notes: what should be told.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    weight: Tensor
+    h: Tensor | None
+    codes: Tensor
+    params: Params
+    packed: QuantizedTensor | None = None
+    notes: tuple[str, ...] = ()
+
+
+def round_only(name: str, w: Tensor, fmt: Format) -> Solved:
+    """What can be done without statistics."""
+    try:
+        packed = quantize_tensor(w, fmt)
+    except FormatError as error:
+        raise FormatError(f"tensor '{name}': {error}") from None
+    empty = torch.empty(0)
+    return Solved(name, tuple(w.shape), fmt, empty, None, empty, Params(empty, None, None, None), packed)
+
+
+def solve_linear(name: str, w: Tensor, statistics: Sequence[Statistics], fmt: Format, parts: Parts) -> Solved:
+    """Find the codes of a weight.
+
+    Args:
+        w: [N, K], or [E, N, K]; fp32.
+        statistics: one of the inputs, or one for each expert.
+
+    Raises:
+        FormatError: the format cannot hold the weight; names the tensor.
+    """
+    shape, flat = tuple(w.shape), w.reshape(-1, w.shape[-1])
+    rows = len(flat) // len(statistics)
+    parts_of = [
+        _solve_matrix(name, flat[i * rows : (i + 1) * rows], stats, fmt, parts) for i, stats in enumerate(statistics)
+    ]
+    if len(parts_of) == 1:
+        return replace(parts_of[0], shape=shape)
+    join = lambda field: None if field[0] is None else torch.cat(field)  # noqa: E731
+    params = Params(*(join([getattr(p.params, f) for p in parts_of]) for f in ("scale", "parent", "member", "zero")))
+    return Solved(
+        name, shape, fmt, torch.cat([p.weight for p in parts_of]), None, torch.cat([p.codes for p in parts_of]), params,
+        notes=tuple(dict.fromkeys(note for p in parts_of for note in p.notes)),
+    )  # fmt: skip
+
+
+def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: Parts) -> Solved:
+    h, cross, rotation = stats.h, stats.cross, fmt.side.rotation
+    if rotation is not None:
+        w, h = rotate(w, rotation), _rotate_both(h, rotation)
+        cross = None if cross is None else _rotate_both(cross, rotation)
+    options = SolverOptions.parse(parts.solver, order=parts.order, damp=parts.damp, importance=parts.importance)
+    options = replace(options, retarget=parts.retarget)
+    try:
+        found = solve(w, h, fmt.base, options, cross=cross)
+    except FormatError as error:
+        raise FormatError(f"tensor '{name}': {error}") from None
+    notes = tuple(f"'{name}': {note}" for note in found.notes)
+    return Solved(name, tuple(w.shape), fmt, w, h, found.codes, found.params, notes=notes)
+
+
+def _rotate_both(h: Tensor, rotation: object) -> Tensor:
+    """R H Rᵀ."""
+    return rotate(rotate(h, rotation).T.contiguous(), rotation).T.contiguous()  # type: ignore[arg-type]
+
+
+def finish(solved: Solved) -> QuantizedTensor:
+    """Add the side terms and pack."""
+    if solved.packed is not None:
+        return solved.packed
+    side = solved.format.side
+    if not side.stored:
+        return pack(solved.format, solved.shape, solved.codes, solved.params)
+    raise NotImplementedError
+
+
+Runner = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+def reconstruct_layer(
+    run: Runner, solved: Sequence[Solved], inputs: Tensor, targets: Tensor, parts: Parts
+) -> list[Solved]:
+    """Learn the codes and scales of a whole layer.
+
+    Args:
+        run: the layer with weights by tensor name put in: (weights, hidden states [b, T, C]) → [b, T, C].
+        inputs, targets: [n, T, C].
+    """
+    from numfit.reconstruction import Options, State, reconstruct
+
+    def effective(item: Solved) -> Callable[[Tensor], Tensor]:
+        rotation = item.format.side.rotation
+
+        def weight(w: Tensor) -> Tensor:
+            return (w if rotation is None else unrotate(w, rotation)).view(item.shape)
+
+        return weight
+
+    states = {
+        item.name: State(item.name, item.format.base, item.codes, item.params, item.weight, effective(item))
+        for item in solved if item.packed is None
+    }  # fmt: skip
+    fixed = {item.name: item.packed.dequantize() for item in solved if item.packed is not None}
+    options = Options(method=parts.reconstruct, iterations=parts.iterations)
+    after, report = reconstruct(lambda w, x: run({**fixed, **w}, x), states, inputs, targets, options)
+    return [
+        item if item.name not in after
+        else replace(item, codes=after[item.name].codes, params=after[item.name].params)
+        for item in solved
+    ]  # fmt: skip
+
+
+__all__ = ["FEW", "Solved", "decode", "finish", "reconstruct_layer", "round_only", "solve_linear"]

@@ -1,0 +1,140 @@
+"""A recipe: every choice that calibrated quantization makes, as one flat value that can be named, saved and replayed.
+
+`fast`, `balanced`, `quality` and `extreme` are starting points; whatever is chosen in the end is what the checkpoint's
+recipe.yaml says, and replaying that file on the same text gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from numfit.errors import OptionError, require
+
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How the codes of linears are found once there is a text.
+
+    Attributes:
+        solver: steps joined by "+": nearest or gptq first, then what improves on it (alternate, descent).
+        order: of gptq's columns: static, none, act, group.
+        damp: gptq's damping, as a share of the mean of H's diagonal.
+        importance: weight errors by the mean square of each input when scales and members are chosen.
+        transform: function-preserving rewrites before, in order; see `TRANSFORMS`.
+        reconstruct: what follows for each layer as a whole: none, signround, adaround or tune.
+        iterations: of `reconstruct`.
+        propagate: whether a layer's inputs are those of the original model, or of the model quantized so far.
+        retarget: share of the upstream error that each linear compensates for (QEP), 0 to 1.
+        windows, context: of the calibration text.
+    """
+
+    solver: str = "nearest"
+    order: str = "static"
+    damp: float = 0.01
+    importance: bool = True
+    transform: str = "none"
+    reconstruct: str = "none"
+    iterations: int = 200
+    propagate: str = "original"
+    retarget: float = 0.0
+    windows: int = 32
+    context: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.propagate not in ("original", "quantized"):
+            raise OptionError(f"--propagate is original or quantized, not '{self.propagate}'")
+        if self.reconstruct not in ("none", "signround", "adaround", "tune"):
+            raise OptionError(f"--reconstruct is none, signround, adaround or tune, not '{self.reconstruct}'")
+        if not 0 <= self.retarget <= 1:
+            raise OptionError(f"--retarget is a share between 0 and 1, not {self.retarget}")
+        if not 0 < self.damp < 100:
+            raise OptionError(f"--damp is a positive share of H's mean diagonal, usually 0.01, not {self.damp}")
+        if self.iterations < 1:
+            raise OptionError(f"--iterations is at least 1, not {self.iterations}")
+
+    @property
+    def needs_quantized(self) -> bool:
+        """Whether the hidden states of the model quantized so far are needed."""
+        return self.propagate == "quantized" or self.reconstruct != "none" or self.retarget > 0
+
+
+PRESETS = {
+    "fast": Parts(),
+    "balanced": Parts(solver="gptq"),
+    "quality": Parts(solver="gptq+alternate+descent"),
+    "extreme": Parts(solver="gptq+alternate+descent", reconstruct="signround"),
+}
+# What a recipe file says beside the parts: the options of `quantize` that need no text.
+COMMON = ("format", "embedding", "rules", "skip", "scale_rule", "shard_size")
+
+
+def read_recipe(name: str | Path) -> tuple[dict[str, Any], Parts]:
+    """A recipe by its name or from a file: (options of `quantize`, parts).
+
+    Raises:
+        OptionError: neither a name nor a file, or a file that is no recipe.
+    """
+    if str(name) in PRESETS:
+        return {}, PRESETS[str(name)]
+    path = Path(name)
+    if path.is_dir():
+        path = path / RECIPE
+    try:
+        content = require("yaml", "hf").safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise OptionError(
+            f"--recipe '{name}' is neither one of {', '.join(PRESETS)} nor a file that can be read"
+        ) from None
+    except (ValueError, require("yaml", "hf").YAMLError) as error:
+        raise OptionError(f"the recipe '{path}' is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise OptionError(f"the recipe '{path}' should be lines like 'format: mant4-g64'")
+    known = {field.name for field in fields(Parts)}
+    strange = sorted(content.keys() - known - set(COMMON) - {"calibration"})
+    if strange:
+        raise OptionError(f"the recipe '{path}' says '{strange[0]}', which is no part of a recipe")
+    options = {key: content[key] for key in COMMON if key in content}
+    options["rules"] = [tuple(rule) for rule in options.get("rules", [])]
+    try:
+        return options, Parts(**{key: content[key] for key in known if key in content})
+    except TypeError as error:
+        raise OptionError(f"the recipe '{path}' has a value of a wrong kind: {error}") from None
+
+
+def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
+    """Write a recipe, as the manifest has it, for people and for `read_recipe`."""
+    text = require("yaml", "hf").safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    path.write_text(f"# numfit quantize MODEL --recipe THIS_FILE --calibration TEXT -o OUT\n{text}", encoding="utf-8")
+
+
+def choose(recipe: str | Path | None, given: Mapping[str, Any], with_text: bool) -> tuple[dict[str, Any], Parts | None]:
+    """The recipe's common options and the parts that hold in the end.
+
+    Args:
+        recipe: a name, a file, or None for "balanced" where there is a text.
+        given: parts that were chosen one by one; they win over the recipe.
+        with_text: whether there is a calibration text.
+
+    Raises:
+        OptionError: parts that need a text where there is none.
+    """
+    options, parts = read_recipe(recipe) if recipe else ({}, PRESETS["balanced" if with_text else "fast"])
+    chosen = {key: value for key, value in given.items() if value is not None}
+    parts = replace(parts, **chosen)
+    if with_text:
+        return options, parts
+    plain = replace(parts, importance=True, windows=Parts.windows, context=Parts.context)
+    if chosen or plain != Parts():
+        what = f"--{next(iter(chosen)).replace('_', '-')}" if chosen else f"the recipe '{recipe}'"
+        raise OptionError(f"{what} works on what a text does to the model: pass one with --calibration FILE")
+    return options, None
+
+
+def as_recipe(parts: Parts) -> dict[str, Any]:
+    """The parts as plain data."""
+    return asdict(parts)
