@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from numfit.calibration import Blocks, Key, Recorder, Statistics, Stream, load_statistics, save_statistics
+from numfit.checkpoint.manifest import canonical_json
 from numfit.checkpoint.packed import plane_name
 from numfit.checkpoint.source import Source
-from numfit.errors import CheckpointError
+from numfit.errors import CheckpointError, OptionError
 from numfit.pipeline.linear import FEW, Solved, finish, reconstruct_layer, round_only, solve_linear
 from numfit.pipeline.partial import LAYERS
 from numfit.pipeline.planning import Plan, PlannedTensor
@@ -138,6 +139,8 @@ class Walk:
         shape = (len(self.windows), self.windows.shape[1], width)
         self.original = Stream(self.directory, "original", shape)
         self.quantized = Stream(self.directory, "quantized", shape) if parts.needs_quantized else None
+        if self.statistics is not None:
+            _claim(self.statistics, source, task.recipe["calibration"], self.windows)
         tokens = self.windows.numel()
         widest = max((t.shape[-1] for t in plan.quantized if t.role in ("linear", "experts")), default=0)
         if tokens < widest:
@@ -259,7 +262,6 @@ class Walk:
                 recorder.take()
         found = recorder.finish()
         if kept is not None and seen is None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
             save_statistics(kept, found)
         return found
 
@@ -293,6 +295,28 @@ class Walk:
             return blocks.run_with(k, blocks.parameters(k, weights), hidden)
 
         return reconstruct_layer(run, solved, self.quantized.open(k), self.original.open(k + 1), self.parts)
+
+
+def _claim(directory: Path, source: Source, text: str, windows: Tensor) -> None:
+    """Make sure that a directory of kept statistics is of this model and these windows.
+
+    Raises:
+        OptionError: it is of others.
+    """
+    shapes = {name: list(source.info(name).shape) for name in source.names()}
+    mine = {
+        "model": hashlib.sha256(canonical_json({"config": source.config(), "shapes": shapes})).hexdigest(),
+        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "text": text,
+    }  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "statistics.json"
+    if path.is_file():
+        if json.loads(path.read_text(encoding="utf-8")) != mine:
+            raise OptionError(
+                f"--statistics '{directory}' holds those of another model, text or windows; pass another directory"
+            )
+    else:
+        path.write_bytes(canonical_json(mine))
 
 
 def _places(blocks: Blocks, k: int) -> dict[str, list[Key]]:
