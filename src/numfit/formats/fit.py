@@ -41,7 +41,7 @@ def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, scale_rule: st
     if scale_rule not in SCALE_RULES or (scale_rule in ("floor", "ceil") and fmt.scale.store != "e8m0"):
         allowed = "mse, absmax" + (", floor, ceil" if fmt.scale.store == "e8m0" else "")
         raise FormatError(f"the scale rule '{scale_rule}' does not apply to {fmt.name}; choose one of {allowed}")
-    h = None if importance is None else _importance(importance.to(w.device))
+    h = None if importance is None else normalized_importance(importance.to(w.device))
     palette = None
     if fmt.palette:
         palette = _palette(fmt, w, h)
@@ -62,7 +62,7 @@ def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, scale_rule: st
     return params if palette is None else replace(params, palette=palette)
 
 
-def _importance(h: Tensor) -> Tensor:
+def normalized_importance(h: Tensor) -> Tensor:
     """Importance in units of its mean, so that its magnitude neither overflows nor underflows fp32 sums.
 
     Dead channels keep a millionth of the mean, so that a block of them still gets a sensible scale.

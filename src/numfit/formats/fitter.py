@@ -84,12 +84,12 @@ class Fitter:
     def chunk(self, w: Tensor, parent: Tensor | None) -> Params:
         """Fit rows w [r, K] fp32 whose blocks choose for themselves."""
         if self.fmt.scale.parent == "row":
-            free, _, _ = self._blocks(w, None, free=True)
+            free, _, _ = self.blocks(w, None, free=True)
             parent = (free.amax(1, keepdim=True) / self.fmt.scale.cap).clamp(PARENT_MIN, 65504.0).half().float()
-        scale, member, zero = self._blocks(w, parent, free=False)
+        scale, member, zero = self.blocks(w, parent, free=False)
         return Params(scale, parent if self.fmt.scale.parent == "row" else None, member, zero)
 
-    def _blocks(self, w: Tensor, parent: Tensor | None, *, free: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def blocks(self, w: Tensor, parent: Tensor | None, *, free: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.native is not None:
             block = self.fmt.geometry(w.shape[1]).block
             return self.native.fit(w, self.h, parent, block, 2 * BATCH, free=free)[:3]

@@ -1,0 +1,107 @@
+"""What a solver is asked to do: a chain of steps and their numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from numfit.errors import OptionError
+from numfit.formats.format import Format
+
+STARTS = ("nearest", "gptq")
+REFINEMENTS = ("alternate", "descent", "pot")
+ORDERS = ("static", "none", "act", "group")
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """A chain of steps, each of which starts from what the one before left and never makes a row worse.
+
+    Attributes:
+        steps: the first makes codes (`nearest`, `gptq`), the others improve them (`alternate`, `descent`, `pot`).
+        order: in which gptq visits the columns. `static`: by falling diag H, parameters fitted beforehand. `act`: the same order,
+            a block's parameters fitted when the sweep reaches its first column. `group`: whole blocks by their largest diag H,
+            columns by falling diag H inside a block. `none`: from left to right.
+        damp: what is added to diag H, in units of its mean, before H is inverted.
+        importance: fit parameters under diag H rather than under equal weights.
+        refit: fit a block's parameters again, on the compensated weights, when the sweep reaches it (orders none, act, group).
+        alternations: rounds of `alternate`, and of `pot`.
+        sweeps: passes of `descent` over all columns.
+        beta: retarget W to W + beta W D (H + λI)^-1 first; needs the cross term D (QEP, arXiv 2504.09629).
+        gptaq: factor of GPTAQ's term, 0 for none (the published code ships 0.25); needs the cross term.
+        rescomp: factor of ResComp's term, 0 for none (arXiv 2604.07955 ships 0.25).
+        panel: columns swept between two updates of all that follow.
+    """
+
+    steps: tuple[str, ...] = ("nearest",)
+    order: str = "static"
+    damp: float = 0.01
+    importance: bool = True
+    refit: bool = True
+    alternations: int = 2
+    sweeps: int = 2
+    beta: float = 0.0
+    gptaq: float = 0.0
+    rescomp: float = 0.0
+    panel: int = 128
+
+    @staticmethod
+    def parse(text: str, **numbers: object) -> SolverOptions:
+        """Options of a chain such as `gptq+alternate+descent`.
+
+        Raises:
+            OptionError: an unknown step, a chain that cannot work, or a number out of its range.
+        """
+        steps = tuple(part.strip().lower() for part in text.split("+"))
+        return replace(SolverOptions(steps=steps), **numbers)  # type: ignore[arg-type]
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether H must be known."""
+        return self.steps != ("nearest",) or self.beta > 0
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether the cross term D must be known."""
+        return self.beta > 0 or self.gptaq > 0
+
+    def __post_init__(self) -> None:
+        known = (*STARTS, *REFINEMENTS)
+        for step in self.steps:
+            if step not in known:
+                raise OptionError(f"unknown solver step '{step}'; a chain such as 'gptq+descent' is made of: {', '.join(known)}")
+        if not self.steps or self.steps[0] not in STARTS or any(step in STARTS for step in self.steps[1:]):
+            raise OptionError(
+                f"the solver chain '{'+'.join(self.steps)}' must begin with {' or '.join(STARTS)}, once, and go on with "
+                f"{', '.join(REFINEMENTS)}"
+            )
+        if self.order not in ORDERS:
+            raise OptionError(f"the order '{self.order}' is unknown; choose one of {', '.join(ORDERS)}")
+        for name, low, high in (("damp", 0.0, 1e3), ("beta", 0.0, 1.0), ("gptaq", 0.0, 1.0), ("rescomp", 0.0, 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, float | int) or not low <= value <= high:
+                raise OptionError(f"{name} is a number from {low:g} to {high:g}, not {value!r}")
+        for name, least in (("alternations", 1), ("sweeps", 1), ("panel", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise OptionError(f"{name} is a whole number of at least {least}, not {value!r}")
+        if (self.gptaq > 0 or self.rescomp > 0) and "gptq" not in self.steps:
+            raise OptionError("gptaq and rescomp are terms of the gptq step: use a chain that begins with gptq")
+
+    def check(self, fmt: Format) -> None:
+        """Refuse steps that do not apply to a format.
+
+        Raises:
+            OptionError: naming the steps that do.
+        """
+        if "pot" in self.steps and not _powers_of_two(fmt):
+            raise OptionError(
+                f"the step 'pot' is for powers of two (pot2, pot3, pot4 and their -log forms), not {fmt.name}; "
+                "these steps apply to every format: nearest, gptq, alternate, descent"
+            )
+
+
+def _powers_of_two(fmt: Format) -> bool:
+    """One member, whose levels are ± powers of two without zero."""
+    halves = {abs(v) for v in fmt.members[0].levels}
+    ordered = sorted(halves)
+    return len(fmt.members) == 1 and 0.0 not in halves and all(b == 2 * a for a, b in zip(ordered, ordered[1:]))

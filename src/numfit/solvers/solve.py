@@ -1,0 +1,76 @@
+"""The one entry: a weight, what is known of its inputs, a format and a chain of steps → codes and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from numfit.errors import OptionError
+from numfit.formats.codec import decode, encode
+from numfit.formats.fit import fit
+from numfit.formats.format import Format
+from numfit.solvers.alternate import alternate
+from numfit.solvers.descent import descent
+from numfit.solvers.gptq import gptq
+from numfit.solvers.linalg import alive, check_moment
+from numfit.solvers.nearest import nearest
+from numfit.solvers.options import SolverOptions
+from numfit.solvers.pot import pot
+from numfit.solvers.retarget import retarget
+from numfit.solvers.state import Problem, Solution, State, check_cross, check_weight
+
+STEPS: dict[str, Callable[[Problem, State], State]] = {"gptq": gptq, "alternate": alternate, "descent": descent, "pot": pot}
+
+
+def solve(
+    w: Tensor, h: Tensor | None, fmt: Format, options: SolverOptions | str = SolverOptions(), cross: Tensor | None = None  # noqa: B008
+) -> Solution:
+    """Quantize one linear.
+
+    Args:
+        w: weights [N, K], any float type.
+        h: second moment of the inputs H = 2/T·X Xᵀ [K, K] in any units, or None, with which only `nearest` is possible.
+        fmt: any format.
+        options: the chain, or its text (`gptq+alternate+descent`).
+        cross: D = 2/T·(X̃ - X) Xᵀ [K, K] in the units of h, where an option needs it.
+
+    Raises:
+        OptionError: a step or option that cannot apply here, or an h or cross that cannot be used.
+        FormatError: a weight that the format cannot hold.
+    """
+    options = SolverOptions.parse(options) if isinstance(options, str) else options
+    options.check(fmt)
+    w = check_weight(w, fmt)
+    k = w.shape[1]
+    if h is None:
+        if options.needs_statistics:
+            raise OptionError(
+                f"the chain '{'+'.join(options.steps)}' needs the second moment of the inputs: calibrate on a text, "
+                "or use 'nearest', which needs none"
+            )
+        params = fit(fmt, w)
+        codes = encode(fmt, w, params)
+        loss = float((decode(fmt, codes, params) - w).double().square().sum())
+        return Solution(codes, params, loss, loss)
+    check_moment(h, k)
+    if options.needs_cross:
+        if cross is None:
+            raise OptionError("beta and gptaq need the cross term with the full-precision inputs: collect it, or set them to 0")
+        check_cross(cross, k)
+    h = h.detach().to(w.device).float().contiguous()
+    notes = []
+    dead = k - int(alive(h).sum())
+    if dead:
+        notes.append(f"{dead} of {k} inputs were never on: their weights are rounded to nearest")
+    if options.beta > 0 and cross is not None:
+        w = retarget(w, h, cross.to(w.device), options.beta)
+        notes.append(f"retargeted with beta {options.beta:g}")
+    importance = h.diagonal().clone() if options.importance else None
+    problem = Problem(w, h, fmt, options, importance, None if cross is None else cross.to(w.device), notes)
+    state = nearest(problem)
+    start = float(state.losses.sum())
+    for step in options.steps:
+        if step != "nearest":
+            state = STEPS[step](problem, state)
+    return Solution(state.codes, state.params, float(state.losses.sum()), start, tuple(problem.notes))

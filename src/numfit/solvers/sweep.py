@@ -1,0 +1,191 @@
+"""One pass over the columns of a matrix: round a column, make those that follow pay for its error.
+
+    e = (w_i - q_i) / U_ii,   w_j -= e U_ij   (j > i),   UᵀU = (H + λI)^-1
+
+the exact optimal-brain-surgeon update (GPTQ, arXiv 2210.17323). Columns are swept in panels: inside a panel every update is made
+at once, what follows a panel is updated by one matrix product at its end. Two optional terms take part in the update: GPTAQ's
+w_i P_ij and ResComp's (w⁰_i - w_i) R_ij, with w_i cut to what the type can represent.
+
+`sweep` is the plain loop, and the reference; native.py does the panels of a matrix on a CPU in compiled code.
+`sweep_columns` is the same for codes of d columns at a time (vector codebooks, trellises).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from numfit.formats.format import Format
+from numfit.formats.params import Params
+from numfit.solvers.order import Plan, Segment
+from numfit.solvers.rounding import Rounder
+
+
+class Swept(NamedTuple):
+    """Codes uint8 [N, K], parameters, and Σ e² of each row, fp64 [N]: the loss under H + λI where parameters were fixed."""
+
+    codes: Tensor
+    params: Params
+    losses: Tensor
+
+
+class Terms(NamedTuple):
+    """What else a column passes on: strictly upper P and R [K, K] in the order of the sweep, or None."""
+
+    p: Tensor | None = None
+    r: Tensor | None = None
+
+
+class Panel(NamedTuple):
+    """A run of columns while it is swept, in the order of the sweep."""
+
+    w: Tensor  # [N, B] fp32, changed in place
+    original: Tensor | None  # the same before any update; only where ResComp's term needs it
+    u: Tensor  # [B, B]
+    terms: Terms  # [B, B] each
+    column: Tensor  # [B] int64, and the block and unit of each
+    block: Tensor
+    unit: Tensor
+    error: Tensor  # [N, B]: e of each column, once it is swept
+    before: Tensor | None  # [N, B]: w_i of each column when it was reached, where a term needs it
+
+
+PanelSweep = Callable[[Panel, int, int, Rounder, bool, Tensor], None]
+
+
+def sweep(
+    fmt: Format,
+    w: Tensor,
+    u: Tensor,
+    plan: Plan,
+    params: Params,
+    *,
+    importance: Tensor | None = None,
+    choose: bool = True,
+    terms: Terms = Terms(),  # noqa: B008
+    panel_sweep: PanelSweep | None = None,
+) -> Swept:
+    """Sweep all columns.
+
+    Args:
+        w: [N, K] fp32, columns as stored.
+        u: [K, K], in the order of the plan.
+        params: where the plan fits blocks on its way, these are changed; otherwise they stay as they are.
+        importance: [K] in units of its mean, for fitting blocks.
+        choose: small units choose their member when they are reached: that whose own sweep over the unit has the least Σ e².
+        panel_sweep: what does a run of positions of a panel; the eager loop where None.
+    """
+    run = panel_sweep or eager_panel
+    n, k = w.shape
+    order = plan.order.to(w.device)
+    rounder = Rounder(fmt, params, k)
+    codes = torch.empty((n, k), dtype=torch.uint8, device=w.device)
+    losses = torch.zeros(n, dtype=torch.float64, device=w.device)
+    rest = w[:, order]
+    choose = choose and plan.small
+    extra = terms.p is not None or terms.r is not None
+    for segments in plan.panels:
+        a, b = segments[0].start, segments[-1].stop
+        s = slice(a, b)
+        inner = Terms(*(None if t is None else t[s, s] for t in terms))
+        panel = Panel(
+            rest[:, s], w[:, order[s]] if terms.r is not None else None, u[s, s], inner, plan.order[s], plan.block[s],
+            plan.unit[s], torch.empty((n, b - a), device=w.device), torch.empty((n, b - a), device=w.device) if extra else None,
+        )  # fmt: skip
+        for segment in segments:
+            _fit_blocks(rounder, rest, plan, segment, importance)
+            run(panel, segment.start - a, segment.stop - a, rounder, choose, codes)
+        losses += panel.error.square().sum(1, dtype=torch.float64)
+        if b == k:
+            break
+        rest[:, b:].addmm_(panel.error, u[s, b:], alpha=-1)
+        if terms.p is not None and panel.before is not None:
+            rest[:, b:].addmm_(panel.before, terms.p[s, b:])
+        if terms.r is not None and panel.before is not None and panel.original is not None:
+            rest[:, b:].addmm_(panel.original - panel.before, terms.r[s, b:])
+    return Swept(codes, rounder.result(), losses)
+
+
+def _fit_blocks(rounder: Rounder, rest: Tensor, plan: Plan, segment: Segment, importance: Tensor | None) -> None:
+    for block in segment.blocks:
+        where = (plan.block == block).nonzero()[:, 0]
+        where = where[plan.order[where].argsort()]  # as stored
+        column = plan.order[where].to(rest.device)
+        rounder.fit_block(block, rest[:, where.to(rest.device)], None if importance is None else importance[column])
+
+
+def eager_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose: bool, codes: Tensor) -> None:
+    """Sweep positions [start, stop) of a panel and update the rest of it: the reference."""
+    w, u = panel.w, panel.u
+    block, unit = panel.block.tolist(), panel.unit.tolist()
+    for i in range(start, stop):
+        if choose and (i == start or unit[i] != unit[i - 1]):
+            end = next((j for j in range(i, stop) if unit[j] != unit[i]), stop)
+            _choose_member(panel, i, end, rounder)
+        x = w[:, i].clone()
+        code, q = rounder.column(x, block[i], rounder.members(unit[i]))
+        codes[:, panel.column[i]] = code
+        e = (x - q) / u[i, i]
+        panel.error[:, i] = e
+        w[:, i + 1 :] -= e[:, None] * u[i, i + 1 :]
+        if panel.before is not None:
+            low, high = rounder.range(block[i], rounder.members(unit[i]))
+            x = torch.minimum(torch.maximum(x, low), high)
+            panel.before[:, i] = x
+            if panel.terms.p is not None:
+                w[:, i + 1 :] += x[:, None] * panel.terms.p[i, i + 1 :]
+            if panel.terms.r is not None and panel.original is not None:
+                w[:, i + 1 :] += (panel.original[:, i] - x)[:, None] * panel.terms.r[i, i + 1 :]
+
+
+def _choose_member(panel: Panel, start: int, stop: int, rounder: Rounder) -> None:
+    """Give a small unit the member whose sweep over its columns has the least Σ e²; ties: the lower index."""
+    assert rounder.member is not None
+    unit, block = int(panel.unit[start]), int(panel.block[start])
+    best = chosen = None
+    for m in range(len(rounder.levels)):
+        x = panel.w[:, start:stop].clone()
+        cost = torch.zeros(len(x), device=x.device)
+        for i in range(stop - start):
+            e = (x[:, i] - rounder.column(x[:, i], block, m)[1]) / panel.u[start + i, start + i]
+            cost = cost + e * e
+            x[:, i + 1 :] -= e[:, None] * panel.u[start + i, start + i + 1 : stop]
+        if best is None or chosen is None:
+            best, chosen = cost, torch.zeros(len(x), dtype=torch.uint8, device=x.device)
+        else:
+            better = cost < best
+            best, chosen = torch.where(better, cost, best), chosen.masked_fill(better, m)
+    assert chosen is not None
+    rounder.member[:, unit] = chosen
+
+
+def sweep_columns(w: Tensor, u: Tensor, width: int, quantize_block: Callable[[Tensor, int], Tensor], panel: int = 128) -> Tensor:
+    """Sweep `width` columns at a time: E = (W_J - Q_J) U_JJ^-1, W_{>J} -= E U_{J,>J} (block OBS).
+
+    Args:
+        w: [N, K] fp32, in the order of the sweep; not changed.
+        u: [K, K] with UᵀU = (H + λI)^-1 in that order.
+        width: columns that are quantized together; the last run may be short.
+        quantize_block: (compensated columns [N, d], first column) → their quantized values [N, d].
+        panel: columns between two updates of all that follow, a multiple of the width or less than it.
+
+    Returns:
+        Q [N, K].
+    """
+    k = w.shape[1]
+    rest, out = w.clone(), torch.empty_like(w)
+    step = max(width, panel // width * width)
+    for a in range(0, k, step):
+        b = min(a + step, k)
+        error = torch.empty((len(w), b - a), dtype=w.dtype, device=w.device)
+        for i in range(a, b, width):
+            j = min(i + width, b)
+            out[:, i:j] = quantize_block(rest[:, i:j], i)
+            e = torch.linalg.solve_triangular(u[i:j, i:j], rest[:, i:j] - out[:, i:j], upper=True, left=False)
+            error[:, i - a : j - a] = e
+            rest[:, j:b] -= e @ u[i:j, j:b]
+        rest[:, b:] -= error @ u[a:b, b:]
+    return out
