@@ -1,8 +1,8 @@
 """Cyclic coordinate descent on codes: every code in turn becomes the best one given all others, which never raises the loss.
 
-With E = Q - W, the loss of a row as a function of q_j alone is least at q_j - (E H)_j / H_jj; the nearest level of that is the best code.
-Columns are worked on in panels: (E H) of a panel's columns is computed afresh from all of E when the panel is reached, so its error does
-not grow, and kept up to date inside the panel. Units that choose a member (AMS) try every member.
+With E = Q - W, the loss of a row as a function of q_j alone is least at q_j - (E H)_j / H_jj; the nearest level of that is
+the best code. Columns are worked on in panels: (E H) of a panel's columns is computed afresh from all of E when the panel is
+reached, so its error does not grow, and kept up to date inside the panel. Units that choose a member (AMS) try every member.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GPTQ (arXiv 2210.17323) over any format, with the terms of GPTAQ and ResComp (arXiv 2604.07955) as options.
 
-Unlike the published code, inputs that are never on keep their weights, rounded to nearest: the objective does not see them, a text
-other than the calibration's may. Parameters that need a finished row (a row's one scale, parents, a member or a palette of the
-tensor) are fitted beforehand; those of blocks when the sweep reaches them, where the order allows it.
+Unlike the published code, inputs that are never on keep their weights, rounded to nearest: the objective does not see them,
+a text other than the calibration's may. Parameters that need a finished row (a row's one scale, parents, a member or a
+palette of the tensor) are fitted beforehand; those of blocks when the sweep reaches them, where the order allows it.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def cholesky_inverse_upper(h: Tensor, damp: float) -> Factor:
                 notes = () if rung == rungs[0] else (f"singular second moment: damping raised from {damp:g} to {rung:g}",)
                 return Factor(u, rung, notes)
     raise OptionError(
-        f"the second moment of the inputs is not positive semidefinite: even a damping of {rungs[-1]:g} times its mean diagonal "
-        "does not make it invertible; calibrate again, or round this tensor with 'nearest'"
+        f"the second moment of the inputs is not positive semidefinite: even a damping of {rungs[-1]:g} times its mean "
+        "diagonal does not make it invertible; calibrate again, or round this tensor with 'nearest'"
     )
 
 

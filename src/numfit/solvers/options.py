@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from numfit.errors import OptionError
 from numfit.formats.format import Format
@@ -18,9 +19,9 @@ class SolverOptions:
 
     Attributes:
         steps: the first makes codes (`nearest`, `gptq`), the others improve them (`alternate`, `descent`, `pot`).
-        order: in which gptq visits the columns. `static`: by falling diag H, parameters fitted beforehand. `act`: the same order,
-            a block's parameters fitted when the sweep reaches its first column. `group`: whole blocks by their largest diag H,
-            columns by falling diag H inside a block. `none`: from left to right.
+        order: in which gptq visits the columns. `static`: by falling diag H, parameters fitted beforehand. `act`: the same
+            order, a block's parameters fitted when the sweep reaches its first column. `group`: whole blocks by their largest
+            diag H, columns by falling diag H inside a block. `none`: from left to right.
         damp: what is added to diag H, in units of its mean, before H is inverted.
         importance: fit parameters under diag H rather than under equal weights.
         refit: fit a block's parameters again, on the compensated weights, when the sweep reaches it (orders none, act, group).
@@ -68,7 +69,8 @@ class SolverOptions:
         known = (*STARTS, *REFINEMENTS)
         for step in self.steps:
             if step not in known:
-                raise OptionError(f"unknown solver step '{step}'; a chain such as 'gptq+descent' is made of: {', '.join(known)}")
+                chain = ", ".join(known)
+                raise OptionError(f"unknown solver step '{step}'; a chain such as 'gptq+descent' is made of: {chain}")
         if not self.steps or self.steps[0] not in STARTS or any(step in STARTS for step in self.steps[1:]):
             raise OptionError(
                 f"the solver chain '{'+'.join(self.steps)}' must begin with {' or '.join(STARTS)}, once, and go on with "
@@ -104,4 +106,4 @@ def _powers_of_two(fmt: Format) -> bool:
     """One member, whose levels are ± powers of two without zero."""
     halves = {abs(v) for v in fmt.members[0].levels}
     ordered = sorted(halves)
-    return len(fmt.members) == 1 and 0.0 not in halves and all(b == 2 * a for a, b in zip(ordered, ordered[1:]))
+    return len(fmt.members) == 1 and 0.0 not in halves and all(b == 2 * a for a, b in pairwise(ordered))

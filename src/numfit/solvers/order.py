@@ -6,6 +6,7 @@ member (AMS) stay neighbours: only whole units move.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,8 @@ def make_plan(fmt: Format, diagonal: Tensor, order: str, refit: bool, panel: int
     elif order == "group":
         rank = torch.sort(weight, descending=True, stable=True).indices
         home = torch.zeros(atoms, dtype=torch.int64).scatter_(0, atom, block)  # block of each atom
-        largest = torch.zeros(int(block[-1]) + 1, dtype=torch.float64).scatter_reduce_(0, home, weight, "amax", include_self=False)
+        largest = torch.zeros(int(block[-1]) + 1, dtype=torch.float64)
+        largest.scatter_reduce_(0, home, weight, "amax", include_self=False)
         place = torch.empty_like(largest, dtype=torch.int64)
         place[torch.sort(largest, descending=True, stable=True).indices] = torch.arange(len(largest))
         rank = rank[torch.sort(place[home[rank]], stable=True).indices]
@@ -106,6 +108,6 @@ def _panels(atom: list[int], block: list[int], by_block: bool, most: int) -> lis
         if by_block and stop < k and block[stop] == block[stop - 1]:  # rather end where a block ends
             stop = next((e for e in reversed(fits) if block[e] != block[e - 1]), stop)
         cuts = [start, *(e for e in range(start + 1, stop) if by_block and block[e] != block[e - 1]), stop]
-        panels.append(list(zip(cuts, cuts[1:])))
+        panels.append(list(pairwise(cuts)))
         start = stop
     return panels

@@ -1,8 +1,8 @@
 """The second step of PoTPTQ (arXiv 2507.11959), in closed form instead of by gradient descent.
 
-With exponents as they are, the output is linear in the scales' relative changes γ of a row: (B H Bᵀ + ρ m I) γ = B H (w - ŵ)ᵀ, where B
-holds the row's dequantized blocks and m the mean of diag B H Bᵀ. Then s ← s (1 + γ), weights are rounded to nearest again, and a row is
-kept if its loss fell.
+With exponents as they are, the output is linear in the scales' relative changes γ of a row: (B H Bᵀ + ρ m I) γ = B H (w -
+ŵ)ᵀ, where B holds the row's dequantized blocks and m the mean of diag B H Bᵀ. Then s ← s (1 + γ), weights are rounded to
+nearest again, and a row is kept if its loss fell.
 """
 
 from __future__ import annotations

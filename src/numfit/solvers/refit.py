@@ -1,9 +1,9 @@
 """The parameters of least loss for codes as they are: decoupleQ's half step (arXiv 2404.12759) for every type.
 
-A row's values are linear in its scales: ŵ = Σ_b s_b t_b with t_b = level - zero on block b and 0 elsewhere. With A_bc = t_b H t_cᵀ and
-r_b = t_b H wᵀ its loss is sᵀ A s - 2 rᵀ s + const, so the best real scales solve A s = r. What is stored is coarser: the solution is
-rounded to stored scales, and then each scale in turn is moved to the stored number nearest to the best one given all others, which
-never raises the loss. Integer zero points are tried with every scale they could go with.
+A row's values are linear in its scales: ŵ = Σ_b s_b t_b with t_b = level - zero on block b and 0 elsewhere. With A_bc = t_b
+H t_cᵀ and r_b = t_b H wᵀ its loss is sᵀ A s - 2 rᵀ s + const, so the best real scales solve A s = r. What is stored is
+coarser: the solution is rounded to stored scales, and then each scale in turn is moved to the stored number nearest to the
+best one given all others, which never raises the loss. Integer zero points are tried with every scale they could go with.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _ALL_ZEROS = 4  # bits of zero points up to which all are tried; above, those wi
 class Grams(NamedTuple):
     """Normal equations of R rows of G blocks, fp64, in units of the mean of diag H.
 
-    aa [R, G, G]: t_b H t_cᵀ, ar [R, G]: t_b H wᵀ; with zero points t is the level alone, and the indicators 1_b of blocks take part:
-    ab [R, G, G]: t_b H 1_cᵀ, bb [G, G]: 1_b H 1_cᵀ, br [R, G]: 1_b H wᵀ.
+    aa [R, G, G]: t_b H t_cᵀ, ar [R, G]: t_b H wᵀ. With zero points t is the level alone, and the indicators 1_b of blocks
+    take part: ab [R, G, G]: t_b H 1_cᵀ, bb [G, G]: 1_b H 1_cᵀ, br [R, G]: 1_b H wᵀ.
     """
 
     aa: Tensor
@@ -117,10 +117,11 @@ def _refit_tensor(problem: Problem, state: State) -> Params:
     """One scale (and zero point) for the tensor: the sums of all rows' equations."""
     total: Grams | None = None
     for _, grams in normal_equations(problem, state):
-        add = Grams(*(None if v is None else v if i == 3 else v.sum(0, keepdim=True) for i, v in enumerate(grams)))  # type: ignore[arg-type]
-        count = len(grams.aa)
-        add = add._replace(bb=None if add.bb is None else add.bb * count)
-        total = add if total is None else Grams(*(None if a is None else a + b for a, b in zip(total, add)))  # type: ignore[arg-type]
+        bb = None if grams.bb is None else grams.bb * len(grams.aa)
+        aa, ar, ab, br = (None if v is None else v.sum(0, keepdim=True) for v in (grams.aa, grams.ar, grams.ab, grams.br))
+        assert aa is not None and ar is not None
+        add = Grams(aa, ar, ab, bb, br)
+        total = add if total is None else Grams(*(None if a is None or b is None else a + b for a, b in zip(total, add)))  # type: ignore[arg-type]
     return state.params if total is None else solve_scales(problem.fmt, total, state.params)
 
 
@@ -176,8 +177,8 @@ def _solve(a: Tensor, b: Tensor, fallback: Tensor) -> Tensor:
 def _descend(
     fmt: Format, grams: Grams, params: Params, wanted: Tensor, wanted_zero: Tensor | None, parent: Tensor | None
 ) -> tuple[Params, Tensor]:
-    """Start from the better of the wanted scales, rounded, and the current ones; then move scale by scale. Also the loss, fp64 [R],
-    up to a constant of the row."""
+    """Start from the better of the wanted scales, rounded, and the current ones; then move scale by scale. Also the loss,
+    fp64 [R], up to a constant of the row."""
 
     def effective(stored: Tensor) -> Tensor:
         return (stored if parent is None else stored * parent).double()

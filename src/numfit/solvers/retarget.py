@@ -1,7 +1,8 @@
 """The exact answer to inputs that are off already: W* = W + β W D (H + λI)^-1 (QEP, arXiv 2504.09629).
 
-For β = 1 and λ → 0, ‖Q X - W X̃‖² = ‖(Q - W*) X‖² + const, with D ∝ (X̃ - X) Xᵀ: every solver that takes W* instead of W matches the
-full-precision output although its inputs come from quantized layers. With few tokens it overfits badly: choose β on held-out text.
+For β = 1 and λ → 0, ‖Q X - W X̃‖² = ‖(Q - W*) X‖² + const, with D ∝ (X̃ - X) Xᵀ: every solver that takes W* instead of W
+matches the full-precision output although its inputs come from quantized layers. With few tokens it overfits badly: choose β
+on held-out text.
 """
 
 from __future__ import annotations

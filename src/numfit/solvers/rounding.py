@@ -1,7 +1,7 @@
 """Rounding single columns under fixed parameters, and fitting single blocks: what a sweep does to a format.
 
-The operations of a column are those of formats/codec.py, in the same order and precision, so that a column rounded alone gets the
-code that encoding the whole matrix would give it.
+The operations of a column are those of formats/codec.py, in the same order and precision, so that a column rounded alone
+gets the code that encoding the whole matrix would give it.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Rounder:
         return (low * scale).view(-1), (high * scale).view(-1)
 
     def fit_block(self, block: int, w: Tensor, importance: Tensor | None) -> None:
-        """Fit the parameters of a block of all rows to w [N, n], its columns in their stored order, under parents, palettes and a
-        tensor's one member as they are; importance [n] in units of its mean over the row."""
+        """Fit the parameters of a block of all rows to w [N, n], its columns in their stored order, under parents, palettes and
+        a tensor's one member as they are; importance [n] in units of its mean over the row."""
         fmt = self.fmt
         assert isinstance(fmt.block, int) and self.scale.shape[1] > block
         members = family(fmt, self.params)
@@ -99,7 +99,7 @@ class Rounder:
         fitter = Fitter(local, importance, "mse", w.device, w.numel())
         g, parent = self.geometry, self.params.parent
         first = block * -(-g.block // g.unit)  # unit
-        for s in row_chunks(*w.shape, CHUNK if fitter.native is None else w.numel()):
+        for s in row_chunks(w.shape[0], w.shape[1], CHUNK if fitter.native is None else w.numel()):
             above = parent if parent is None or len(parent) == 1 else parent[s]
             scale, member, zero = fitter.blocks(w[s], above, free=False)
             self.stored[s, block] = scale[:, 0]

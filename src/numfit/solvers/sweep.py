@@ -2,9 +2,9 @@
 
     e = (w_i - q_i) / U_ii,   w_j -= e U_ij   (j > i),   UᵀU = (H + λI)^-1
 
-the exact optimal-brain-surgeon update (GPTQ, arXiv 2210.17323). Columns are swept in panels: inside a panel every update is made
-at once, what follows a panel is updated by one matrix product at its end. Two optional terms take part in the update: GPTAQ's
-w_i P_ij and ResComp's (w⁰_i - w_i) R_ij, with w_i cut to what the type can represent.
+the exact optimal-brain-surgeon update (GPTQ, arXiv 2210.17323). Columns are swept in panels: inside a panel every update is
+made at once, what follows a panel is updated by one matrix product at its end. Two optional terms take part in the update:
+GPTAQ's w_i P_ij and ResComp's (w⁰_i - w_i) R_ij, with w_i cut to what the type can represent.
 
 `sweep` is the plain loop, and the reference; native.py does the panels of a matrix on a CPU in compiled code.
 `sweep_columns` is the same for codes of d columns at a time (vector codebooks, trellises).
@@ -162,7 +162,9 @@ def _choose_member(panel: Panel, start: int, stop: int, rounder: Rounder) -> Non
     rounder.member[:, unit] = chosen
 
 
-def sweep_columns(w: Tensor, u: Tensor, width: int, quantize_block: Callable[[Tensor, int], Tensor], panel: int = 128) -> Tensor:
+def sweep_columns(
+    w: Tensor, u: Tensor, width: int, quantize_block: Callable[[Tensor, int], Tensor], panel: int = 128
+) -> Tensor:
     """Sweep `width` columns at a time: E = (W_J - Q_J) U_JJ^-1, W_{>J} -= E U_{J,>J} (block OBS).
 
     Args:
