@@ -24,6 +24,7 @@ from numfit.evaluation import reference as reference_module
 from numfit.evaluation.forward import layer_noise, logits_by_position
 from numfit.evaluation.metrics import divergence, next_token_losses, summarize_divergence, summarize_losses
 from numfit.evaluation.sizes import bits_per_weight, model_bytes
+from numfit.structure.modules import decoder_layers
 from numfit.text import token_windows
 
 TEXT = "".join(f"The {a} number of {b} is {i * 37 % 101}, naïvely. " for i, (a, b) in enumerate(

@@ -223,7 +223,7 @@ def _skeleton(source: Source, config: Mapping[str, Any]) -> tuple[Any, Any]:
     with _parameters_on_meta():
         model = transformers.AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, attn_implementation="sdpa")
     for module in model.modules():
-        inner = getattr(module, "config", None)
+        inner: Any = getattr(module, "config", None)
         if hasattr(inner, "_experts_implementation"):
             inner._experts_implementation = "eager"  # one expert after the other, each through linear()
     return model.eval().requires_grad_(False), tokenizer

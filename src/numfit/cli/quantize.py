@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from numfit.cli.plan import add_recipe_arguments, duration, recipe, summary
@@ -49,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-importance", dest="importance", action="store_false", default=None,
         help="do not weight errors by the inputs' mean squares when scales are chosen",
     )  # fmt: skip
-    group.add_argument("--transform", metavar="NAMES", help="function-preserving rewrites before quantizing (default none)")
+    group.add_argument(
+        "--transform", metavar="NAME", help="a function-preserving rewrite before: none (default), smooth, awq, osplus, permute"
+    )
     group.add_argument("--reconstruct", metavar="HOW", help="learn a layer's rounding: none, signround, adaround, tune")
     group.add_argument("--iterations", type=int, metavar="N", help="of --reconstruct (default 200)")
     group.add_argument(
@@ -72,7 +75,10 @@ def calibration(args: argparse.Namespace) -> dict[str, Any]:
         "calibration", "recipe", "solver", "order", "damp", "importance", "transform", "reconstruct", "iterations", "propagate",
         "retarget", "windows", "context", "statistics",
     )  # fmt: skip
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if not given.get("calibration", "hub:").startswith("hub:"):
+        given["calibration"] = Path(given["calibration"])
+    return given
 
 
 def run(args: argparse.Namespace) -> int:

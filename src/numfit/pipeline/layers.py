@@ -25,6 +25,7 @@ from torch import Tensor
 from numfit.calibration import Blocks, Key, Recorder, Statistics, Stream, load_statistics, save_statistics
 from numfit.checkpoint.manifest import canonical_json
 from numfit.checkpoint.packed import plane_name
+from numfit.checkpoint.safetensors_file import DTYPES
 from numfit.checkpoint.source import Source
 from numfit.errors import CheckpointError, OptionError
 from numfit.pipeline.linear import FEW, Solved, finish, reconstruct_layer, round_only, solve_linear
@@ -32,6 +33,8 @@ from numfit.pipeline.partial import LAYERS
 from numfit.pipeline.planning import Plan, PlannedTensor
 from numfit.pipeline.progress import Progress
 from numfit.pipeline.recipe import Parts, as_recipe
+from numfit.pipeline.rewrite import rewrite_layer
+from numfit.structure import decoder_map
 from numfit.text import calibration_windows, read_dataset, read_text
 
 
@@ -60,9 +63,7 @@ def read_calibration(text: str | Path) -> str:
     name = str(text)
     if name.startswith("hub:"):
         return read_dataset(name.removeprefix("hub:"))
-    if isinstance(text, Path) or os.path.isfile(name) or ("\n" not in name and len(name) < 256):
-        return read_text(text)
-    return name
+    return read_text(text) if isinstance(text, Path) or os.path.isfile(name) else name
 
 
 class Results:
@@ -90,8 +91,8 @@ class Results:
                 said: dict[str, Any] = json.loads(file.metadata()["layer"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        for name, error in said["errors"].items():
-            self.home[name], self.errors[name] = path, error
+        self.errors |= said["errors"]
+        self.home |= dict.fromkeys([*said["errors"], *said["rewritten"]], path)
         self.notes += said["notes"]
         return said
 
@@ -135,6 +136,7 @@ class Walk:
         )
         self.statistics = task.statistics
         self.planned = {tensor.name: tensor for tensor in plan.tensors}
+        self.decoder = decoder_map(source.names(), plan.config) if parts.transform != "none" else None
         width = self.blocks.model.config.get_text_config().hidden_size
         shape = (len(self.windows), self.windows.shape[1], width)
         self.original = Stream(self.directory, "original", shape)
@@ -205,11 +207,20 @@ class Walk:
                 raise CheckpointError(f"tensor '{name}' holds NaN or Inf; the model is damaged, get a sound copy")
         mine = [self.planned[name] for name in tensors if self.planned[name].format is not None]
         blocks.install(k, tensors)
-        statistics = self._statistics(k, {tensor.name for tensor in mine}, last)
-        solved, notes = self._solve(k, mine, tensors, statistics)
+        names = {tensor.name for tensor in mine}
+        statistics = self._statistics(k, names, last)
+        notes: list[str] = []
+        rewritten: dict[str, Tensor] = {}
+        if self.parts.transform != "none":
+            rewritten = self._transform(k, tensors, statistics)
+            tensors |= rewritten
+            blocks.install(k, tensors)
+            statistics = self._gather(k, names, self._inputs(k))
+        solved = self._solve(k, mine, tensors, statistics, notes)
         if self.parts.reconstruct != "none":
             solved = self._reconstruct(k, solved)
-        planes: dict[str, Tensor] = {}
+        kept = {name: self.planned[name] for name in rewritten if self.planned[name].format is None}
+        planes = {name: rewritten[name].to(DTYPES[tensor.dtype]) for name, tensor in kept.items()}
         errors: dict[str, float] = {}
         effective: dict[str, Tensor] = {}
         for item in solved:
@@ -226,7 +237,7 @@ class Walk:
                 self._forward(k, self.quantized)
             seals = {stream.name: stream.seal(k + 1) for stream in self.streams}
         blocks.release(k)
-        self.results.save(k, planes, {"errors": errors, "notes": notes, "streams": seals})
+        self.results.save(k, planes, {"errors": errors, "rewritten": list(kept), "notes": notes, "streams": seals})
         for stream in self.streams:
             stream.drop_before(k + 1)
 
@@ -239,37 +250,59 @@ class Walk:
 
     def _statistics(self, k: int, names: set[str], last: bool) -> dict[Key, Statistics]:
         """Statistics of layer k's linears; the original stream moves on to layer k+1 by the way."""
-        blocks, parts = self.blocks, self.parts
+        parts = self.parts
         kept = self.statistics / f"{k:05d}.safetensors" if self.statistics else None
-        if kept is not None and kept.is_file() and parts.propagate == "original" and not parts.retarget:
-            if not last:
-                self._forward(k, self.original)  # reconstruction's targets
+        plain = parts.propagate == "original" and not parts.retarget
+        if kept is not None and plain and kept.is_file():
+            if not last or parts.reconstruct != "none":
+                self._forward(k, self.original)
             return load_statistics(kept)
-        wanted = {target.name for target in blocks.targets_of(k) if any(run.source in names for run in target.runs)}
-        recorder = Recorder(blocks.layers[k], blocks.prefixes[k], wanted, cross=parts.retarget > 0)
-        hidden = self.original.open(k)
-        out = None if last and not parts.reconstruct else self.original.open(k + 1, new=True)
-        seen = self.quantized.open(k) if self.quantized and (parts.propagate == "quantized" or parts.retarget) else None
-        with torch.no_grad():
-            for i in range(len(hidden)):
-                with recorder.watch() if seen is None else recorder.watch_original():
-                    result = blocks.run(k, hidden[i : i + 1])
-                if out is not None:
-                    out[i] = result[0]
-                if seen is not None:
-                    with recorder.watch():
-                        blocks.run(k, seen[i : i + 1])
-                recorder.take()
-        found = recorder.finish()
-        if kept is not None and seen is None:
+        found = self._gather(k, names, self._inputs(k), move_on=not last or parts.reconstruct != "none")
+        if kept is not None and plain:
             save_statistics(kept, found)
         return found
 
+    def _inputs(self, k: int) -> Tensor:
+        """The hidden states on which layer k is calibrated."""
+        ours = self.quantized if self.parts.propagate == "quantized" or self.parts.retarget else None
+        return (ours or self.original).open(k)
+
+    def _gather(self, k: int, names: set[str], hidden: Tensor, *, move_on: bool = False) -> dict[Key, Statistics]:
+        """Statistics of layer k, as it is now, on `hidden`; with `move_on` the original stream moves on to layer k+1."""
+        blocks, cross = self.blocks, self.parts.retarget > 0
+        wanted = {target.name for target in blocks.targets_of(k) if any(run.source in names for run in target.runs)}
+        recorder = Recorder(blocks.layers[k], blocks.prefixes[k], wanted, cross=cross)
+        original = self.original.open(k)
+        same = hidden.data_ptr() == original.data_ptr() or self.parts.propagate == "original" and not cross
+        out = self.original.open(k + 1, new=True) if move_on else None
+        with torch.no_grad():
+            for i in range(len(hidden)):
+                if cross or (out is not None and not same):
+                    with recorder.watch_original():
+                        result = blocks.run(k, original[i : i + 1])
+                    with recorder.watch():
+                        blocks.run(k, hidden[i : i + 1])
+                else:
+                    with recorder.watch():
+                        result = blocks.run(k, hidden[i : i + 1])
+                if out is not None:
+                    out[i] = result[0]
+                recorder.take()
+        return recorder.finish()
+
+    def _transform(self, k: int, tensors: dict[str, Tensor], statistics: Mapping[Key, Statistics]) -> dict[str, Tensor]:
+        """The tensors of layer k that the recipe's rewrites change."""
+        assert self.decoder is not None
+        by_module = {name.removesuffix(".weight"): stats for (name, expert), stats in statistics.items() if expert is None}
+        fmt = next(f for name in tensors if (f := self.planned[name].format) is not None)
+        return rewrite_layer(self.parts.transform, self.decoder, k, tensors, by_module, fmt)
+
     def _solve(
-        self, k: int, mine: list[PlannedTensor], tensors: Mapping[str, Tensor], statistics: Mapping[Key, Statistics]
-    ) -> tuple[list[Solved], list[str]]:
+        self, k: int, mine: list[PlannedTensor], tensors: Mapping[str, Tensor], statistics: Mapping[Key, Statistics],
+        notes: list[str],
+    ) -> list[Solved]:  # fmt: skip
         places = _places(self.blocks, k)
-        solved, notes = [], []
+        solved = []
         for tensor in mine:
             assert tensor.format is not None
             rows = [(key, statistics.get(key)) for key in places.get(tensor.name, [])]
@@ -278,14 +311,13 @@ class Walk:
             known = [stats for _, stats in rows if stats is not None and stats.tokens >= FEW and len(stats.mean) == k_in]
             if not rows or len(known) < len(rows):
                 seen = min((stats.tokens if stats is not None else 0 for _, stats in rows), default=0)
-                notes.append(
-                    f"'{tensor.name}' was rounded without statistics: "
-                    + (f"one of its experts saw {seen} tokens of the text, {FEW} are needed" if rows else "nothing was seen of its inputs")
-                )  # fmt: skip
+                expert = any(key[1] is not None for key, _ in rows)
+                why = f"one of its experts saw {seen} tokens" if expert else f"{seen} tokens were seen to reach it"
+                notes.append(f"'{tensor.name}' was rounded without statistics: {why}, {FEW} are needed")
                 solved.append(round_only(tensor.name, w, tensor.format))
                 continue
             solved.append(solve_linear(tensor.name, w, known, tensor.format, self.parts))
-        return solved, notes
+        return solved
 
     def _reconstruct(self, k: int, solved: list[Solved]) -> list[Solved]:
         assert self.quantized is not None

@@ -69,8 +69,12 @@ def solve_linear(name: str, w: Tensor, statistics: Sequence[Statistics], fmt: Fo
     ]
     if len(parts_of) == 1:
         return replace(parts_of[0], shape=shape)
-    join = lambda field: None if field[0] is None else torch.cat(field)  # noqa: E731
-    params = Params(*(join([getattr(p.params, f) for p in parts_of]) for f in ("scale", "parent", "member", "zero")))
+
+    def join(field: str) -> Tensor | None:
+        values = [getattr(part.params, field) for part in parts_of]
+        return None if values[0] is None else torch.cat(values)
+
+    params = Params(torch.cat([p.params.scale for p in parts_of]), join("parent"), join("member"), join("zero"))
     return Solved(
         name, shape, fmt, torch.cat([p.weight for p in parts_of]), None, torch.cat([p.codes for p in parts_of]), params,
         notes=tuple(dict.fromkeys(note for p in parts_of for note in p.notes)),

@@ -14,6 +14,7 @@ from typing import Any
 from numfit.errors import OptionError, require
 
 RECIPE = "recipe.yaml"
+TRANSFORMS = ("none", "smooth", "awq", "osplus", "permute")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Parts:
         order: of gptq's columns: static, none, act, group.
         damp: gptq's damping, as a share of the mean of H's diagonal.
         importance: weight errors by the mean square of each input when scales and members are chosen.
-        transform: function-preserving rewrites before, in order; see `TRANSFORMS`.
+        transform: a function-preserving rewrite of each layer before: none, smooth, awq, osplus or permute.
         reconstruct: what follows for each layer as a whole: none, signround, adaround or tune.
         iterations: of `reconstruct`.
         propagate: whether a layer's inputs are those of the original model, or of the model quantized so far.
@@ -48,6 +49,8 @@ class Parts:
     def __post_init__(self) -> None:
         if self.propagate not in ("original", "quantized"):
             raise OptionError(f"--propagate is original or quantized, not '{self.propagate}'")
+        if self.transform not in TRANSFORMS:
+            raise OptionError(f"--transform is one of {', '.join(TRANSFORMS)}, not '{self.transform}'")
         if self.reconstruct not in ("none", "signround", "adaround", "tune"):
             raise OptionError(f"--reconstruct is none, signround, adaround or tune, not '{self.reconstruct}'")
         if not 0 <= self.retarget <= 1:
