@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def ggml_round_trip(llama: Any, kind: str, w: Tensor, importance: Tensor) -> Ten
     out = np.zeros((n, row), dtype=np.uint8)
     chunk = library.ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
-    chunk.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    chunk.argtypes = (ctypes.c_int, pointer, pointer, count, count, count, pointer)
     written = chunk(number, x.ctypes.data, out.ctypes.data, 0, n, k + pad, h.ctypes.data)
     assert written == out.nbytes
     return torch.from_numpy(gguf.dequantize(out, gguf.GGMLQuantizationType(number)).reshape(n, k + pad)[:, :k].copy())
@@ -164,7 +166,7 @@ def curve(results: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 def gain(bits: float, kl: float, points: list[tuple[float, float]]) -> float | None:
     """Bits that llama.cpp needs for the same KL, less `bits`; None beyond its points."""
-    for (b0, k0), (b1, k1) in zip(points, points[1:], strict=False):
+    for (b0, k0), (b1, k1) in pairwise(points):
         if k1 <= kl <= k0:
             share = (math.log(k0) - math.log(kl)) / (math.log(k0) - math.log(k1))
             return b0 + share * (b1 - b0) - bits

@@ -103,7 +103,9 @@ def test_inputs_of_the_model_quantized_so_far(tmp_path: Path) -> None:
     torch.testing.assert_close(h.double(), 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [{"solver": "gptq"}, {"reconstruct": "signround", "iterations": 3}, {"propagate": "quantized"}])
+@pytest.mark.parametrize(
+    "parts", [{"solver": "gptq"}, {"reconstruct": "signround", "iterations": 3}, {"propagate": "quantized"}]
+)
 def test_killed_runs_go_on_and_end_with_the_same_bytes(parts: dict[str, Any], tmp_path: Path) -> None:
     source = model_at(tmp_path / "model")
     options = {**QUICK, **parts, "calibration": TEXT, "threads": 1}
@@ -160,8 +162,9 @@ def test_a_recipe_replays_to_the_same_bytes(tmp_path: Path, capsys: pytest.Captu
     source, text = model_at(tmp_path / "model"), tmp_path / "text.txt"
     text.write_text(TEXT)
     common = [str(source), "--calibration", str(text), "--threads", "1", "--quiet"]
-    assert main(["quantize", *common, "-f", "int4-g32", "--embedding", "int8-g32", "--rule", "down_proj=fp4.25", "--recipe", "quality",
-                 "--damp", "0.02", "--windows", "4", "--context", "24", "-o", str(tmp_path / "one")]) == 0  # fmt: skip
+    options = ["-f", "int4-g32", "--embedding", "int8-g32", "--rule", "down_proj=fp4.25", "--recipe", "quality",
+               "--damp", "0.02", "--windows", "4", "--context", "24"]  # fmt: skip
+    assert main(["quantize", *common, *options, "-o", str(tmp_path / "one")]) == 0
     recipe = tmp_path / "one" / "recipe.yaml"
     assert yaml.safe_load(recipe.read_text())["damp"] == 0.02
     assert main(["quantize", *common, "--recipe", str(recipe), "-o", str(tmp_path / "two")]) == 0

@@ -37,7 +37,7 @@ def test_layers_one_at_a_time_are_the_whole_model(kind: str, tmp_path: Path) -> 
             module.config._experts_implementation = "eager"
     with torch.no_grad():
         wanted = model(windows, output_hidden_states=True).hidden_states
-    norm = [m for n, m in model.named_modules() if n.rpartition(".")[2] in ("norm", "final_layer_norm")][0]
+    norm = next(m for n, m in model.named_modules() if n.rpartition(".")[2] in ("norm", "final_layer_norm"))
     hidden = torch.empty(3, 12, 64)
     blocks.embed(windows, hidden)
     torch.testing.assert_close(hidden, wanted[0], rtol=0, atol=0)
@@ -56,9 +56,8 @@ def watched(model: nn.Module, windows: Tensor) -> dict[str, list[Tensor]]:
     seen: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(
-                lambda _m, args, _out, key=f"{name}.weight": seen.setdefault(key, []).append(args[0].reshape(-1, args[0].shape[-1]))
-            )
+            seen[f"{name}.weight"] = into = []
+            module.register_forward_hook(lambda _m, args, _out, into=into: into.append(args[0].reshape(-1, args[0].shape[-1])))
     with torch.no_grad():
         for window in windows:
             model(window[None])

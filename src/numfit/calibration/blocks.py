@@ -122,8 +122,7 @@ class Blocks:
             first: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
             for i in range(len(windows)):
                 calls = self._call(decoder, windows[i : i + 1].to(self.device))
-                hidden, rest = _split(calls[0])
-                out[i] = hidden[0]
+                out[i] = _split(calls[0])[0][0]
                 others = [_split(call)[1] for call in calls]
                 if first is None:
                     first = others
@@ -155,8 +154,8 @@ class Blocks:
                 del layer.forward
         if len(calls) != len(self.layers):
             raise CheckpointError(
-                f"{type(self.model).__name__} runs {len(calls)} of its {len(self.layers)} layers; it cannot be calibrated layer "
-                "by layer: quantize without --calibration"
+                f"{type(self.model).__name__} runs {len(calls)} of its {len(self.layers)} layers; it cannot be calibrated "
+                "layer by layer: quantize without --calibration"
             )
         return calls
 

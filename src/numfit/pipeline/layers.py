@@ -38,7 +38,6 @@ from numfit.structure import decoder_map
 from numfit.text import calibration_windows, read_dataset, read_text
 
 
-
 @dataclass(frozen=True)
 class Calibration:
     """The calibrated part of a run: what is done, on which text, and where statistics are kept, if they are."""
@@ -215,7 +214,7 @@ class Walk:
             rewritten = self._transform(k, tensors, statistics)
             tensors |= rewritten
             blocks.install(k, tensors)
-            statistics = self._gather(k, names, self._inputs(k))
+            statistics = self._gather(k, names)
         solved = self._solve(k, mine, tensors, statistics, notes)
         if self.parts.reconstruct != "none":
             solved = self._reconstruct(k, solved)
@@ -257,36 +256,29 @@ class Walk:
             if not last or parts.reconstruct != "none":
                 self._forward(k, self.original)
             return load_statistics(kept)
-        found = self._gather(k, names, self._inputs(k), move_on=not last or parts.reconstruct != "none")
+        found = self._gather(k, names, move_on=not last or parts.reconstruct != "none")
         if kept is not None and plain:
             save_statistics(kept, found)
         return found
 
-    def _inputs(self, k: int) -> Tensor:
-        """The hidden states on which layer k is calibrated."""
-        ours = self.quantized if self.parts.propagate == "quantized" or self.parts.retarget else None
-        return (ours or self.original).open(k)
-
-    def _gather(self, k: int, names: set[str], hidden: Tensor, *, move_on: bool = False) -> dict[Key, Statistics]:
-        """Statistics of layer k, as it is now, on `hidden`; with `move_on` the original stream moves on to layer k+1."""
+    def _gather(self, k: int, names: set[str], *, move_on: bool = False) -> dict[Key, Statistics]:
+        """Statistics of layer k as it is now; with `move_on` the original stream moves on to layer k+1."""
         blocks, cross = self.blocks, self.parts.retarget > 0
         wanted = {target.name for target in blocks.targets_of(k) if any(run.source in names for run in target.runs)}
         recorder = Recorder(blocks.layers[k], blocks.prefixes[k], wanted, cross=cross)
         original = self.original.open(k)
-        same = hidden.data_ptr() == original.data_ptr() or self.parts.propagate == "original" and not cross
+        other = self.quantized.open(k) if self.quantized and (cross or self.parts.propagate == "quantized") else None
         out = self.original.open(k + 1, new=True) if move_on else None
         with torch.no_grad():
-            for i in range(len(hidden)):
-                if cross or (out is not None and not same):
-                    with recorder.watch_original():
+            for i in range(len(original)):
+                if other is None or cross or out is not None:
+                    with recorder.watch() if other is None else recorder.watch_original():
                         result = blocks.run(k, original[i : i + 1])
+                    if out is not None:
+                        out[i] = result[0]
+                if other is not None:
                     with recorder.watch():
-                        blocks.run(k, hidden[i : i + 1])
-                else:
-                    with recorder.watch():
-                        result = blocks.run(k, hidden[i : i + 1])
-                if out is not None:
-                    out[i] = result[0]
+                        blocks.run(k, other[i : i + 1])
                 recorder.take()
         return recorder.finish()
 

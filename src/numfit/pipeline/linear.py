@@ -140,7 +140,7 @@ def reconstruct_layer(
     }  # fmt: skip
     fixed = {item.name: item.packed.dequantize() for item in solved if item.packed is not None}
     options = Options(method=parts.reconstruct, iterations=parts.iterations)
-    after, report = reconstruct(lambda w, x: run({**fixed, **w}, x), states, inputs, targets, options)
+    after, _ = reconstruct(lambda w, x: run({**fixed, **w}, x), states, inputs, targets, options)
     return [
         item if item.name not in after
         else replace(item, codes=after[item.name].codes, params=after[item.name].params)

@@ -34,7 +34,7 @@ def rewrite_layer(
         options = awq.AwqOptions(quantize, {module: s.h for module, s in stats.items()})
         return awq.apply(layer, decoder, tensors, stats, options)
     if name == "osplus":
-        return osplus.apply(layer, decoder, tensors, stats, osplus.OsPlusOptions(lambda w, i: quantize(w, i), activation_bits=None))
+        return osplus.apply(layer, decoder, tensors, stats, osplus.OsPlusOptions(quantize, activation_bits=None))
     if name == "smooth":
         return smooth.apply(layer, decoder, tensors, stats, smooth.SmoothOptions())
     return permute.apply(layer, decoder, tensors, stats, permute.PermuteOptions())

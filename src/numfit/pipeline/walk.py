@@ -264,7 +264,9 @@ def _write_tensor(
         return Record(tensor.name, sha256, None)
     planes = {plane: again[plane_name(tensor.name, plane)] for plane in tensor.format.planes(tensor.shape)}
     known = solved.errors.get(tensor.name) if solved else None  # measured against what the codes stand for
-    lost = known if known is not None else relative_error(weight, QuantizedTensor.from_planes(tensor.format, tensor.shape, planes, name=f"'{tensor.name}'"))
+    lost = known
+    if lost is None:
+        lost = relative_error(weight, QuantizedTensor.from_planes(tensor.format, tensor.shape, planes, name=f"'{tensor.name}'"))
     if not lost < 1:
         raise FormatError(
             f"tensor '{tensor.name}' as {tensor.format.name} would keep nothing of the weights (relative squared error "

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from numfit.checkpoint import open_source, resolve_model
+from numfit.checkpoint.index import some
 from numfit.checkpoint.source import TOKENIZER_FILES
 from numfit.errors import CheckpointError, OptionError, require
-from numfit.checkpoint.index import some
 from numfit.runtime.modules import check_activations, loading_with, use_kernels
 
 DTYPES = {

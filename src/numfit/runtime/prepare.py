@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numfit.checkpoint.index import Target, map_tensors, some
 from numfit.checkpoint.safetensors_file import DTYPE_NAMES, TensorInfo, read_header, read_tensor
 from numfit.errors import CheckpointError, FormatError, OptionError
 from numfit.formats import Format, QuantizedTensor
-from numfit.checkpoint.index import Target, map_tensors, some
 from numfit.runtime.modules import attach, drop_anchor, packed_modules, use_kernels
 from numfit.runtime.packed import PackedParameter, Piece
 

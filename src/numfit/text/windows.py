@@ -64,9 +64,10 @@ def read_dataset(name: str) -> str:
         rows = datasets.load_dataset(path, config or None, split=split or "train")
         return "\n\n".join(row["text"] for row in rows if row["text"].strip())
     except KeyError:
-        raise NumfitError(f"the data set '{path}' has no field 'text'; save the texts you want to a file and pass that") from None
+        raise NumfitError(f"the data set '{path}' has no field 'text'; save the texts you want to a file, pass that") from None
     except Exception as error:  # what the hub's client raises is not a closed set
-        raise NumfitError(f"the data set '{name}' cannot be had: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise NumfitError(f"the data set '{name}' cannot be had: {reason}") from None
 
 
 def bos_token(tokenizer: Any, model_type: str = "") -> int | None:
