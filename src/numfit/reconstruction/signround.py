@@ -1,0 +1,45 @@
+"""SignRound: signed gradient steps on a perturbation of the rounding (2309.05516; SignRoundV2, 2512.04746).
+
+A weight's code is that of round(position + V), |V| ≤ ½, in units of its grid's local gap. Passing gradients straight through
+the rounding, ∂ŵ/∂V = scale · gap is positive, so the signed step needs the sign of ∂loss/∂ŵ alone: grids of every kind cost
+the same, three passes over a weight. Steps fall linearly from `lr` to 0; with lr = 1/iterations the whole way is at most ½
+(steps are taken at the middle of each interval of the schedule), and no clamp is needed.
+
+What it gives up: steps ignore how much a flip gains, so weights that start at a threshold flip on noise. Starts made by error
+compensation put many there; `trust` below 1 moves them inside their cells.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from numfit.reconstruction.cells import Cells
+
+
+class SignRounding:
+    """V of one tensor, kept as `offset + V`: the sign of it chooses the level."""
+
+    def __init__(self, cells: Cells, lr: float, momentum: float) -> None:
+        self.cells, self.lr = cells, lr
+        self.x = cells.offset.clone()
+        self.momentum = momentum
+        self.mean = torch.zeros_like(self.x) if momentum else None
+
+    def values(self, s: slice) -> Tensor:
+        """Chosen levels minus zero of rows `s`: [r, K]."""
+        return torch.where(self.x[s] > 0, self.cells.high[s], self.cells.low[s])
+
+    def step(self, s: slice, gradient: Tensor, scale: Tensor, run: int, progress: float) -> None:
+        """Move rows `s`: gradient of the loss by ŵ [r, K], progress in [0, 1)."""
+        if self.mean is not None:
+            gradient = self.mean[s].lerp_(gradient, 1 - self.momentum)
+        self.x[s].sub_(gradient.sign(), alpha=self.lr * (1 - progress))
+
+    def hard(self) -> Tensor:
+        """Codes as they stand, uint8 [N, K]."""
+        return torch.where(self.x > 0, self.cells.high_code, self.cells.low_code)
+
+    def perturbation(self) -> Tensor:
+        """V [N, K]."""
+        return self.x - self.cells.offset

@@ -1,0 +1,38 @@
+"""Codes that stay: only scales and what else is trainable move (the block step of decoupleQ, 2404.12759)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from numfit.formats.format import Format
+from numfit.formats.params import Params, family, row_chunks
+from numfit.reconstruction.cells import member_per_weight, per_weight, rows_of
+
+_CHUNK = 1 << 18
+
+
+class FixedRounding:
+    """The levels that the codes stand for, minus zero points: fp32 [N, K]."""
+
+    def __init__(self, fmt: Format, codes: Tensor, params: Params) -> None:
+        self.codes = codes
+        n, k = codes.shape
+        levels = torch.tensor([g.levels for g in family(fmt, params)], dtype=torch.float32, device=codes.device)
+        self.level = torch.empty((n, k), dtype=torch.float32, device=codes.device)
+        for s in row_chunks(n, k, _CHUNK):
+            index = codes[s].long()
+            if params.member is not None:
+                index = index + (member_per_weight(fmt, rows_of(params.member, s).long(), k) << fmt.bits)
+            self.level[s] = levels.flatten()[index]
+            if params.zero is not None:
+                self.level[s] -= per_weight(rows_of(params.zero, s), fmt.geometry(k).block, k)
+
+    def values(self, s: slice) -> Tensor:
+        return self.level[s]
+
+    def step(self, s: slice, gradient: Tensor, scale: Tensor, run: int, progress: float) -> None:
+        """Nothing to move."""
+
+    def hard(self) -> Tensor:
+        return self.codes
