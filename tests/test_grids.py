@@ -156,14 +156,16 @@ def lloyd_max(bits: int) -> tuple[np.ndarray, float]:
     return c.numpy(), float(1 - 2 * (mass * c * c).sum())
 
 
-@pytest.mark.parametrize(("bits", "error"), [(2, 0.117482), (3, 0.034548), (4, 0.009501)])
+@pytest.mark.parametrize(
+    ("bits", "error"), [(2, 0.117482), (3, 0.034548), (4, 0.009501), (5, 0.002505), (6, 0.000644)]
+)
 def test_lloyd_max(bits: int, error: float) -> None:
     half, squared = lloyd_max(bits)
     np.testing.assert_allclose(levels(f"lm{bits}"), np.concatenate([-half[::-1], half]), atol=1e-6)
     assert squared == pytest.approx(error, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["nf3", "nf4", "iq4nl", "lm2", "lm3", "lm4"])
+@pytest.mark.parametrize("name", ["nf3", "nf4", "iq4nl", "lm2", "lm3", "lm4", "lm5", "lm6"])
 def test_tables_ascend_with_the_code(name: str) -> None:
     assert (np.diff(levels(name)) > 0).all()
 

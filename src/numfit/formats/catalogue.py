@@ -150,8 +150,9 @@ _PATTERNS.append((
 register("nf3", table("nf3", normal_float(3)), "normal quantiles", block=64)
 register("nf4", table("nf4", NF4_LEVELS), "normal quantiles (QLoRA)", block=64)
 register("iq4nl", table("iq4nl", IQ4_NL), "the non-linear table of GGUF IQ4_NL", block=32)
-for _b in (2, 3, 4):
-    register(f"lm{_b}", table(f"lm{_b}", lloyd_max(_b)), "Lloyd-Max levels of N(0,1)")
+for _b in range(2, 7):
+    register(f"lm{_b}", table(f"lm{_b}", lloyd_max(_b)), "Lloyd-Max levels of N(0,1), for rotated rows (+rot)", block="row",
+             scale={"search": "fine"})  # fmt: skip
 
 # -- powers of two ----------------------------------------------------------------------------------------------------
 

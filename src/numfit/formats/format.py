@@ -2,6 +2,8 @@
 
     ŵ[e] = (scale · parent)[block(e)] · ( grid[ member[unit(e)] ][ code[e] ] − zero[block(e)] )
 
+A format may have side terms on top (side.py): a rotation of the input channels, a low-rank term, sparse corrections.
+
 Blocks share a scale, units share a member of the family; both are runs of neighbours along the input dimension (the last
 axis), and a unit never straddles a block. This file holds the value and its arithmetic of sizes; the verbs are in
 fit.py (fit), codec.py (encode, decode) and tensor.py (pack, unpack).
@@ -10,7 +12,7 @@ fit.py (fit), codec.py (encode, decode) and tensor.py (pack, unpack).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +20,12 @@ import torch
 from numfit.errors import FormatError
 from numfit.formats.grid import Grid, ranked
 from numfit.formats.packing import packed_bytes
+from numfit.formats.rotation import factors
 from numfit.formats.scale import FP16_MAX, SEARCHES, STORES, Scale, word_dtype
+from numfit.formats.side import Side
 
 JSON_VERSION = 1
+SIDE_VERSION = 2  # of formats with side terms: a reader that does not know them must not take them for formats without
 
 
 class PlaneSpec(NamedTuple):
@@ -60,6 +65,8 @@ class Format:
         rounding: what happens between levels: "down" (nearest, ties to the lower level), "even" (nearest, ties to the
             even code, as MX and NV ask), "log" (thresholds at geometric means, PoTPTQ).
         member_home: "plane", or "scale" where the index lives in spare bits of the scale word.
+        side: what is stored or done beside the codes. The verbs fit, encode and decode do not look at it: they see weights that
+            are rotated already, and give back what the terms are added to; `quantize_tensor` and `QuantizedTensor` do it all.
     """
 
     name: str = field(compare=False)
@@ -72,8 +79,19 @@ class Format:
     zero: bool = False
     rounding: str = "down"
     member_home: str = "plane"
+    side: Side = field(default_factory=Side)
 
     # -- derived numbers ------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> Format:
+        """The format without its side terms."""
+        return replace(self, name=self.name.removesuffix(self.side.suffix), side=Side()) if self.side else self
+
+    def with_side(self, side: Side) -> Format:
+        """This base under other side terms."""
+        base = self.base
+        return replace(base, name=base.name + side.suffix, side=side)
 
     @property
     def member_count(self) -> int:
@@ -122,7 +140,7 @@ class Format:
         """Refuse a shape that this format cannot hold.
 
         Raises:
-            FormatError: no axis, an empty row, or a block larger than the row.
+            FormatError: no axis, an empty row, a block larger than the row, or a row that cannot be rotated.
         """
         if len(shape) == 0 or shape[-1] == 0:
             raise FormatError(f"{self.name} needs rows of at least one weight, not the shape {tuple(shape)}")
@@ -131,10 +149,20 @@ class Format:
                 f"{self.name} has blocks of {self.block} weights, but a row of this tensor {tuple(shape)} has only "
                 f"{shape[-1]}; use a smaller block such as '-g{1 << (shape[-1].bit_length() - 1)}', or '-row'"
             )
+        if self.side.rotation is not None:
+            factors(shape[-1])
+
+    @property
+    def plane_names(self) -> tuple[str, ...]:
+        """Names of the stored tensors, the same for every shape, in file order."""
+        return tuple(self._planes((1, self.block if isinstance(self.block, int) else 1)))
 
     def planes(self, shape: tuple[int, ...]) -> dict[str, PlaneSpec]:
         """The stored tensors of a weight of `shape` [..., K], in file order."""
         self.check_shape(shape)
+        return self._planes(shape)
+
+    def _planes(self, shape: tuple[int, ...]) -> dict[str, PlaneSpec]:
         *lead, row = shape
         rows = tuple(lead)
         g = self.geometry(row)
@@ -162,6 +190,7 @@ class Format:
             out["parent"] = PlaneSpec(torch.float32, (1,))
         if self.palette:
             out["palette"] = PlaneSpec(byte, (self.palette,))
+        out.update({name: PlaneSpec(*spec) for name, spec in self.side.planes(shape).items()})
         return out
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -183,8 +212,9 @@ class Format:
 
     def to_json(self) -> dict[str, Any]:
         """A self-contained description: a reader needs no catalogue, only `docs/format.md`."""
+        side = {"side": self.side.to_json()} if self.side else {}
         return {
-            "version": JSON_VERSION,
+            "version": SIDE_VERSION if self.side else JSON_VERSION,
             "name": self.name,
             "bits": self.bits,
             "members": [
@@ -198,6 +228,7 @@ class Format:
             "zero": self.zero,
             "rounding": self.rounding,
             "member_home": self.member_home,
+            **side,
         }
 
     @staticmethod
@@ -208,10 +239,11 @@ class Format:
             FormatError: the version is unknown, or a part is missing or impossible.
         """
         name = data.get("name", "?") if isinstance(data, dict) else "?"
-        if not isinstance(data, dict) or data.get("version") != JSON_VERSION:
+        reads = SIDE_VERSION if isinstance(data, dict) and data.get("side") is not None else JSON_VERSION
+        if not isinstance(data, dict) or data.get("version") != reads:
             version = data.get("version") if isinstance(data, dict) else data
             raise FormatError(
-                f"the description of format '{name}' has version {version!r}, and this numfit reads {JSON_VERSION}; "
+                f"the description of format '{name}' has version {version!r}, and this numfit reads {reads}; "
                 "a newer numfit is needed"
             )
         try:
@@ -229,6 +261,7 @@ class Format:
                 zero=bool(data["zero"]),
                 rounding=str(data["rounding"]),
                 member_home=str(data["member_home"]),
+                side=Side.from_json(data.get("side")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the description of format '{name}' is damaged: {error!r}") from None

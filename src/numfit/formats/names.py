@@ -1,6 +1,8 @@
-"""Short names: `base[-gN|-row|-tensor][@store]`, parsed once into a `Format`.
+"""Short names: `base[-gN|-row|-tensor][@store][+rot[SEED]][+rankR][+sparseP]`, parsed once into a `Format`.
 
 `mant4-g32@e3m3` is the base `mant4`, a block of 32, scales stored as e3m3. Whatever is left out comes from the base's defaults.
+The suffixes after `+` are side terms (side.py): `lm4-row+rot` rotates the input channels, `+rank16` adds a low-rank term of
+rank 16, `+sparse5` corrects 5 thousandths of each row's weights one by one.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from numfit.errors import FormatError
 from numfit.formats.catalogue import Base, bases, find
 from numfit.formats.format import Format
 from numfit.formats.scale import STORES, Scale
+from numfit.formats.side import GRAMMAR, parse
 
 _SUFFIX = re.compile(r"(?P<base>.+?)(?:-(?P<block>g\d+|row|tensor))?(?:@(?P<store>[a-z0-9]+))?")
-_GRAMMAR = "names read base[-gN|-row|-tensor][@fp16|bf16|e8m0|e4m3|u8|e3m3]; 'numfit formats' lists the bases"
+_GRAMMAR = (
+    f"names read base[-gN|-row|-tensor][@fp16|bf16|e8m0|e4m3|u8|e3m3]{GRAMMAR}; 'numfit formats' lists the bases"
+)
 
 
 def format(name: str) -> Format:
@@ -32,6 +37,10 @@ def format(name: str) -> Format:
 
 @lru_cache(maxsize=512)
 def _parse(name: str) -> Format:
+    plain, *suffixes = name.split("+")
+    if suffixes:
+        fmt = _parse(plain)  # a wrong base is the first thing to hear of
+        return fmt.with_side(parse(suffixes, name))
     match = _SUFFIX.fullmatch(name)
     base = find(match["base"]) if match else None
     if match is None or base is None:
@@ -55,7 +64,8 @@ def _parse(name: str) -> Format:
 
 
 def _assemble(base: Base, name: str, block: int | str, store: str) -> Format:
-    own = base.scale if store == base.store else {k: v for k, v in base.scale.items() if k == "search" and v == "pot"}
+    kept = ("pot", "fine") if STORES[store].bits == 16 else ("pot",)  # searches that go with the levels, not with the storage
+    own = base.scale if store == base.store else {k: v for k, v in base.scale.items() if k == "search" and v in kept}
     spec = STORES[store]
     scale = Scale(store, spec.parent, spec.cap, search={"e4m3": "nv", "e8m0": "e8m0"}.get(store, "grid"))
     scale = replace(scale, **own)

@@ -36,7 +36,7 @@ STORES = {
     "u8": Store(8, "row", 255.0, 0),
     "e3m3": Store(6, "row", 30.0, 2),
 }
-SEARCHES = ("grid", "nv", "pot", "e8m0")
+SEARCHES = ("grid", "fine", "nv", "pot", "e8m0")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Scale:
         parent: None, "row" (fp16 per row) or "tensor" (fp32 per tensor).
         cap: largest stored value that the parent is chosen for (448 for NVFP4, 256 for four-over-six, 28 for RaZeR).
         tries: multiples of the absmax scale among which the `absmax` rule takes the best (four-over-six: 1 and 1.5).
-        search: candidates of the `mse` rule: "grid" (ams-pot-formats.md 7.1), "nv", "pot" (2.1) or "e8m0" (3.1).
+        search: candidates of the `mse` rule: "grid" (ams-pot-formats.md 7.1), "nv", "pot" (2.1) or "e8m0" (3.1); "fine" is for
+            levels in units of the root mean square, whose best scale is sharp and far below absmax in long rows.
     """
 
     store: str = "fp16"
@@ -63,6 +64,8 @@ class Scale:
             return [2.0 * 0.01 * i for i in range(200, 0, -1)]
         if self.search == "nv":
             return sorted({2.0 ** (i / 16) for i in range(-8, 9)} | set(self.tries), reverse=True)
+        if self.search == "fine":
+            return [2.0 ** ((24 - j) / 48) for j in range(336)]
         return [2.0 ** ((8 - j) / 16) for j in range(80)]
 
 

@@ -15,7 +15,11 @@ from numfit.formats.format import Format
 from numfit.formats.names import format as named_format
 from numfit.formats.packing import pack_bits, unpack_bits
 from numfit.formats.params import Params
+from numfit.formats.rotation import rotate
 from numfit.formats.scale import STORES, from_word, to_word
+from numfit.formats.side import PLANES as SIDE_PLANES
+from numfit.formats.side import restore, to_planes
+from numfit.formats.terms import split
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +79,17 @@ class QuantizedTensor:
         specs = self.format.planes(shape)
         return QuantizedTensor(self.format, shape, {n: _plain(p, specs[n].shape) for n, p in planes.items()})
 
+    def base(self) -> QuantizedTensor:
+        """The codes and their parameters without the side terms: in rotated coordinates, where there is a rotation."""
+        if not self.format.side:
+            return self
+        planes = {n: p for n, p in self.planes.items() if n not in SIDE_PLANES}
+        return QuantizedTensor(self.format.base, self.shape, planes)
+
+    def terms(self) -> dict[str, Tensor]:
+        """The planes of the side terms."""
+        return {n: p for n, p in self.planes.items() if n in SIDE_PLANES}
+
     def params(self) -> tuple[Tensor, Params]:
         """Unpack: (codes uint8 [R, K], parameters)."""
         k = self.shape[-1]
@@ -117,8 +132,15 @@ class QuantizedTensor:
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight, computed in fp32 and rounded once to `dtype`; shape `self.shape`."""
+        """The weight, side terms and all, computed in fp32 and rounded once to `dtype`; shape `self.shape`.
+
+        Raises:
+            FormatError: sparse corrections point out of the row.
+        """
         codes, params = self.params()
+        if self.format.side:
+            weight = decode(self.format, codes, params)
+            return restore(self.format.side, weight, self.terms(), dtype).view(self.shape)
         return decode(self.format, codes, params, dtype).view(self.shape)
 
     def __repr__(self) -> str:
@@ -134,7 +156,7 @@ def _six_bits(fmt: Format) -> bool:
 def _is_shared(fmt: Format, plane: str) -> bool:
     """Whether a plane belongs to the tensor as a whole."""
     return (
-        plane == "palette"
+        plane in ("palette", "lowrank_a")
         or (plane == "parent" and fmt.scale.parent == "tensor")
         or (plane == "member" and fmt.unit == "tensor")
         or (plane in ("scale", "zero") and fmt.block == "tensor")
@@ -146,8 +168,18 @@ def _plain(plane: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=plane.dtype, device=plane.device).copy_(plane.reshape(shape))
 
 
-def pack(fmt: Format, shape: tuple[int, ...], codes: Tensor, params: Params) -> QuantizedTensor:
-    """Lay codes [R, K] and parameters out as planes."""
+def pack(
+    fmt: Format, shape: tuple[int, ...], codes: Tensor, params: Params, terms: dict[str, Tensor] | None = None
+) -> QuantizedTensor:
+    """Lay codes [R, K] and parameters out as planes.
+
+    Args:
+        terms: of a format with side terms, what they need: `lowrank_b` [R, r] and `lowrank_a` [r, K] floats, `sparse_index`
+            (distinct columns, ascending) and `sparse_value` [R, count]; all in rotated coordinates.
+
+    Raises:
+        FormatError: a term is missing or of another size.
+    """
     specs = fmt.planes(shape)
     planes = {"codes": pack_bits(codes, fmt.bits)}
     word = to_word(fmt.scale, params.scale, params.member, fmt.spare)
@@ -164,6 +196,7 @@ def pack(fmt: Format, shape: tuple[int, ...], codes: Tensor, params: Params) -> 
     if "palette" in specs:
         assert params.palette is not None
         planes["palette"] = params.palette.to(torch.uint8)
+    planes.update(to_planes(fmt.side, tuple(shape), terms or {}))
     return QuantizedTensor(fmt, tuple(shape), {n: _plain(planes[n], specs[n].shape) for n in specs})
 
 
@@ -176,7 +209,7 @@ def quantize_tensor(
         w: fp16, bf16 or fp32 weights [..., K]; the last axis is the input dimension.
         format: a `Format` or its name.
         scale_rule: see `numfit.formats.fit.fit`.
-        importance: weight of each input channel's squared error [K], or None.
+        importance: weight of each input channel's squared error [K], before any rotation, or None.
 
     Raises:
         FormatError: a bad name or shape, an element type that is not a float, or NaN or Inf (the message says where).
@@ -188,12 +221,16 @@ def quantize_tensor(
     k = w.shape[-1]
     flat = w.detach().reshape(-1, k)
     _check_finite(flat, tuple(w.shape))
-    _check_range(fmt, flat)
     if importance is not None:
         if tuple(importance.shape) != (k,):
             raise FormatError(f"importance has shape {tuple(importance.shape)}, but the weight has {k} input channels")
         if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
             raise FormatError("importance must be finite and not negative")
+    if fmt.side:
+        rotation = fmt.side.rotation
+        _check_range(fmt, flat if rotation is None else rotate(flat, rotation))
+        return pack(fmt, tuple(w.shape), *split(fmt, flat, importance, scale_rule))
+    _check_range(fmt, flat)
     params = fit(fmt, flat, importance, scale_rule)
     return pack(fmt, tuple(w.shape), encode(fmt, flat, params), params)
 

@@ -65,6 +65,8 @@ class PackedLinear:
             raise OptionError(f"kernels take matrices [N, K], not a weight of shape {tuple(weight.shape)}")
         if weight.planes["codes"].device.type != "cpu":
             raise OptionError(f"the CPU kernels cannot use a weight on '{weight.planes['codes'].device}'; move it to the CPU")
+        if weight.format.side:
+            raise FormatError(f"{weight.format.name} has no CPU kernel: it has side terms")
         matrix, alive, kept = _matrix(QuantizedTensor.from_planes(weight.format, weight.shape, weight.planes))
         error = ctypes.create_string_buffer(ERROR_BYTES)
         lib.nf_set_threads(torch.get_num_threads())

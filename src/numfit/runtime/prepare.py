@@ -260,7 +260,7 @@ def fill(model: nn.Module, plan: Plan, activations: str) -> None:
 
 def _plane_names(fmt: Format) -> list[str]:
     """The planes of a format, which are the same for every shape that it can hold."""
-    return list(fmt.planes((1, fmt.block if isinstance(fmt.block, int) else 1)))
+    return list(fmt.plane_names)
 
 
 def _position(plan: Plan, source: str) -> tuple[str, int]:

@@ -1,0 +1,190 @@
+"""Rotations of the input channels: an orthogonal matrix that turns any row of weights into nearly Gaussian numbers.
+
+    R = (C_m ⊗ H_n / √n) · diag(s),   K = m·n,  n = 2^p the largest power of two in K
+
+C_m is the orthonormal DCT-II of size m, H_n Sylvester's Hadamard matrix, s are random signs. Rotated weights W·Rᵀ go with
+rotated inputs R·x: (W·Rᵀ)·(R·x) = W·x. Nothing is stored: the signs follow from K and a seed, so all layers that read the same
+K inputs share one rotation. It costs K·(log2 n + m) operations a token.
+
+The arithmetic is fp32 in a fixed order of elementwise steps, so that results are the same bits everywhere:
+    1. x_i · s_i;
+    2. seen as [m, n]: butterflies (u, v) → (u + v, u − v) over columns h apart, for h = 1, 2, 4 … n/2;
+    3. y_c = Σ_a D[c, a]·x_a over the m rows, a ascending, each product and each sum rounded; D = fp32 of C_m / √n.
+The inverse runs backwards with Dᵀ: 3. (sums over c ascending), 2. the same butterflies, 1. the signs.
+fp64 inputs are computed in fp64 with the same constants. (QuIP#, QuaRot and SpinQuant introduced such rotations for weights.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numfit.errors import FormatError
+
+KINDS = ("hadamard",)
+MAX_ODD = 512  # the odd factor of K costs so many multiplications an element
+_MASK = (1 << 64) - 1
+_CHUNK = 1 << 18  # elements at a time: the passes stay in cache
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Which rotation: its kind, and the seed of its signs."""
+
+    seed: int = 0
+    kind: str = "hadamard"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise FormatError(f"rotations are of the kind {', '.join(KINDS)}, not '{self.kind}'; a newer numfit is needed")
+        if not 0 <= self.seed < 1 << 32:
+            raise FormatError(f"the seed of a rotation is a number from 0 to 2**32 - 1, not {self.seed}")
+
+
+def factors(columns: int) -> tuple[int, int]:
+    """(m, n): the odd factor and the power of two.
+
+    Raises:
+        FormatError: there is no column, or the odd factor is too large.
+    """
+    if columns < 1:
+        raise FormatError("a row without weights cannot be rotated")
+    n = columns & -columns
+    m = columns // n
+    if m > MAX_ODD:
+        raise FormatError(
+            f"rows of {columns} = {m}·{n} weights cannot be rotated: the odd factor may be at most {MAX_ODD}; "
+            "leave +rot away for this tensor"
+        )
+    return m, n
+
+
+def splitmix64(seed: int, index: int) -> int:
+    """Number `index` of the splitmix64 sequence that starts at `seed` (Steele, Lea, Flood 2014)."""
+    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+@lru_cache(maxsize=64)
+def _signs(columns: int, seed: int) -> Tensor:
+    return torch.tensor([-1.0 if splitmix64(seed, i) >> 63 else 1.0 for i in range(columns)])
+
+
+def signs(columns: int, seed: int = 0) -> Tensor:
+    """fp32 ±1 [columns]: −1 where the top bit of splitmix64(seed, i) is set."""
+    return _signs(columns, seed).clone()
+
+
+@lru_cache(maxsize=64)
+def _mixing(columns: int) -> Tensor:
+    """D, fp32 [m, m]: the orthonormal DCT-II over √n, each entry rounded once from fp64."""
+    m, n = factors(columns)
+    rows = [
+        [math.sqrt((1 if c == 0 else 2) / m) * _cosine((2 * a + 1) * c, 4 * m) / math.sqrt(n) for a in range(m)]
+        for c in range(m)
+    ]
+    return torch.tensor(rows, dtype=torch.float64).float()
+
+
+def _cosine(k: int, turns: int) -> float:
+    """cos(2π·k / turns) for `turns` divisible by 4, from the first eighth or quarter, so that symmetric entries are equal."""
+    k %= turns
+    if 2 * k > turns:
+        k = turns - k
+    if 4 * k > turns:
+        return -math.cos(2 * math.pi * (turns // 2 - k) / turns)
+    return 0.0 if 4 * k == turns else math.cos(2 * math.pi * k / turns)
+
+
+def _on(t: Tensor, like: Tensor) -> Tensor:
+    return t.to(device=like.device, dtype=like.dtype)
+
+
+def _butterflies(x: Tensor) -> Tensor:
+    """x [..., n] → x·H_n, h ascending."""
+    *lead, n = x.shape
+    h = 1
+    while h < n:
+        pairs = x.view(*lead, n // (2 * h), 2, h)
+        u, v = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack((u + v, u - v), -2).view(*lead, n)
+        h *= 2
+    return x
+
+
+def _mix(x: Tensor, d: Tensor) -> Tensor:
+    """y[:, c] = Σ_a d[c, a]·x[:, a], a ascending: x [r, m, n]."""
+    out = d[:, 0].view(1, -1, 1) * x[:, :1]
+    for a in range(1, d.shape[1]):
+        out = out + d[:, a].view(1, -1, 1) * x[:, a : a + 1]
+    return out
+
+
+def _turn_rows(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
+    """The reference: x [r, K] fp32 or fp64."""
+    m, n = factors(x.shape[1])
+    s, d = _on(_signs(x.shape[1], rotation.seed), x), _on(_mixing(x.shape[1]), x)
+    if back:
+        y = _mix(x.reshape(-1, m, n), d.T)
+        return _butterflies(y).view(x.shape) * s
+    y = _butterflies((x * s).view(-1, m, n))
+    return _mix(y, d).reshape(x.shape)
+
+
+def _turn(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
+    k = x.shape[-1]
+    factors(k)
+    flat = x.detach().reshape(-1, k)
+    flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+    step = max(1, _CHUNK // k) if x.device.type == "cpu" else max(1, len(flat))
+    parts = [_turn_rows(flat[i : i + step], rotation, back) for i in range(0, len(flat), step)]
+    out = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else flat.clone()
+    return out.to(x.dtype).view(x.shape)
+
+
+class _Turn(torch.autograd.Function):
+    """R is orthogonal: the gradient turns the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Rotation, back: bool) -> Tensor:
+        ctx.rotation, ctx.back = rotation, back
+        return _turn(x, rotation, back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _Turn.apply(grads[0], ctx.rotation, not ctx.back), None, None
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """x·Rᵀ along the last axis: inputs, or the rows of a weight. A second moment H becomes rotate(rotate(H).T).
+
+    Args:
+        x: [..., K], any float type and device; computed in fp32 (fp64 for fp64), returned in the type of `x`.
+
+    Raises:
+        FormatError: K cannot be rotated.
+    """
+    return _Turn.apply(x, rotation, False)
+
+
+def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """The inverse of `rotate`: x·R."""
+    return _Turn.apply(x, rotation, True)
+
+
+def rotate_importance(importance: Tensor, rotation: Rotation) -> Tensor:
+    """The diagonal of R·diag(importance)·Rᵀ: what is known of rotated channels when only a diagonal was. fp32 [K].
+
+    The signs do not matter, and each of the n columns of a Hadamard matrix has all inputs in equal parts.
+    """
+    m, n = factors(importance.shape[0])
+    d = _mixing(importance.shape[0]).double().to(importance.device)
+    shares = d.square() @ importance.double().view(m, n).sum(1)  # [m]; D holds the 1/√n
+    return shares.repeat_interleave(n).float()
