@@ -284,7 +284,7 @@ def test_terms_are_checked() -> None:
     w = spiky(4, 64)
     q = quantize_tensor(w, "int4-g32+rank1")
     codes, params = q.params()
-    with pytest.raises(FormatError, match="'lowrank_b'.* it is missing"):
+    with pytest.raises(FormatError, match=r"'lowrank_b'.* it is missing"):
         pack(q.format, (4, 64), codes, params)
     with pytest.raises(FormatError, match=r"'lowrank_a'.* it is \(2, 64\)"):
         pack(q.format, (4, 64), codes, params, {"lowrank_b": torch.zeros(4, 1), "lowrank_a": torch.zeros(2, 64)})
