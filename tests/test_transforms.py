@@ -28,12 +28,13 @@ MODELS = {
     "mistral": ("Mistral", {"head_dim": 16}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "gemma": ("Gemma", {}),
     "gemma3_text": ("Gemma3Text", {"sliding_window": 8, "query_pre_attn_scalar": 12}),
     "mixtral": ("Mixtral", {"num_local_experts": 3}),
     "gpt_neox": ("GPTNeoX", {"use_parallel_residual": True}),
     "gpt_neox-serial": ("GPTNeoX", {"use_parallel_residual": False}),
 }
-TIED = ("gemma3_text", "llama-tied")
+TIED = ("gemma", "gemma3_text", "llama-tied")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ ONE_PLUS_WEIGHT = frozenset(
 SUBTRACTS_MEAN = frozenset(["gpt_neox"])
 # Model types whose map an exact rewrite has confirmed (tests/test_degrid.py, tests/test_transforms.py). Others may hide
 # norms without weights.
-VERIFIED = frozenset(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "gpt_neox"])
+VERIFIED = frozenset(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mixtral", "gpt_neox"])
 # How the rows of one fused query/key/value linear lie: [query, key, value] head by head.
 QKV_BY_HEAD = frozenset(["gpt_neox"])
 
