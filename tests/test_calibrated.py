@@ -189,7 +189,7 @@ def test_experts_that_saw_too_little_are_rounded_and_named(tmp_path: Path) -> No
 def test_too_little_text_is_told(tmp_path: Path) -> None:
     source = model_at(tmp_path / "model")
     result = quantize(source, "int4-g32", tmp_path / "out", calibration=words(60), **{**QUICK, "context": 20})
-    assert any("fewer than the 80 of 4 windows of 20" in note for note in result["warnings"])
+    assert any("fewer than the 76 of 4 windows of 20" in note for note in result["warnings"])
     assert any("fewer than the 128 input channels" in note for note in result["warnings"])
 
 
