@@ -396,6 +396,35 @@ def test_osplus_centres_what_a_layernorm_gives(tiny):
     assert f"{down}.weight" not in changed
 
 
+def test_osplus_threshold_has_the_least_error(tiny):
+    """The error recomputed from the inputs themselves: weights to 4 bits, activations to 4 with uniform noise."""
+    tiny = tiny("gpt_neox")
+    layer = tiny.decoder.layers[0]
+    x = tiny.inputs()[layer.qkv] * (1 + 9 * (torch.arange(48) % 11 == 2))
+    stats = {layer.qkv: stats_of(x)}
+    seen = []
+
+    def quantize(w, importance):
+        seen.append(importance)
+        return round_to(4)(w, importance)
+
+    options = osplus.OsPlusOptions(quantize, activation_bits=4, grid=7, where=("attention",))
+    (move,) = osplus.plan(layer, tiny.decoder, tiny.layer_tensors(layer), stats, options)
+    z = (x.amax(0) + x.amin(0)) / 2
+    torch.testing.assert_close(move.shift, z)
+    torch.testing.assert_close(seen[0], ((x - z) ** 2).mean(0))  # the first threshold scales nothing
+    w, peak = tiny.tensors[f"{layer.qkv}.weight"], (x - z).abs().amax(0)
+    tried = {}
+    for k in range(7):
+        s = (peak / (peak.max() * (peak.min() / peak.max()) ** (k / 6))).clamp(min=1)
+        small = (x - z) / s
+        rounded = round_to(4)(w * s, s)
+        noise = (small.abs().max() / 7) ** 2 / 12 * rounded.square().sum()
+        tried[float(((rounded - w * s) ** 2 * (small**2).mean(0)).sum() + noise)] = s
+    assert len(tried) == 7 and min(tried) < 0.9 * max(tried)
+    torch.testing.assert_close(move.scale, tried[min(tried)])
+
+
 def test_osplus_scales_where_no_bias_takes_a_shift(tiny):
     tiny = tiny("llama")
     layer = tiny.decoder.layers[0]

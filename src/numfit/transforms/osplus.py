@@ -7,7 +7,7 @@ RMSNorm, no biases) can only be scaled; `shift=None` shifts where it is exact, `
 
 The one threshold t is searched by an error that needs statistics alone (the paper runs samples through the module):
 weights quantized by the given function against the mean squares of x', plus activations rounded to a static grid of
-`activation_bits` with uniform noise: step² / 12 * sum ŵ². Weights alone never profit; t then stays at the top.
+`activation_bits` with uniform noise: step² / 12 * sum ŵ². It is meant for formats of activations.
 """
 
 from __future__ import annotations
