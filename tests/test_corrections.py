@@ -11,7 +11,6 @@ from torch import Tensor
 from numfit.corrections import (
     alternate,
     bias_shift,
-    column_scale,
     fold_shift,
     loss,
     low_rank,
@@ -291,36 +290,6 @@ def column_loss(w: Tensor, name: str, c: Tensor, h: Tensor | None) -> float:
     return float((h * (w - c * decode(fmt, encode(fmt, w / c, params), params)).square().sum(0)).double().sum())
 
 
-@pytest.mark.parametrize("name", ["int3-g32", "uint2-g32", "mant4-g32", "lm3-row", "nf4-g32"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_column_scales_never_do_harm(name: str, weighted: bool) -> None:
-    g = torch.Generator().manual_seed(0)
-    w = torch.randn((48, 64), generator=g) * torch.logspace(-1, 1, 64)[torch.randperm(64, generator=g)]
-    h = torch.rand(64, generator=g) if weighted else None
-    c = column_scale(w, format(name), h, rounds=6)
-    assert bool((c > 0).all()) and float(c.log2().mean()) == pytest.approx(0, abs=1e-4)
-    plain, scaled = column_loss(w, name, torch.ones(64), h), column_loss(w, name, c, h)
-    assert scaled <= plain
-    assert scaled < 0.7 * plain  # columns this uneven
-
-
-def test_column_scale_folds_into_the_layer_before() -> None:
-    g = torch.Generator().manual_seed(0)
-    up, down, gate, x = (torch.randn(s, generator=g) for s in ((64, 16), (12, 64), (20, 64), (20, 16)))
-    c = column_scale(down, format("int3-g32"), rounds=2)
-    inner = torch.nn.functional.silu(gate)
-    want = (inner * (x @ up.T)) @ down.T
-    torch.testing.assert_close((inner * (x @ (c[:, None] * up).T)) @ (down / c).T, want, atol=1e-3, rtol=1e-4)
-
-
-def test_columns_of_zeros() -> None:
-    w = torch.randn((8, 32), generator=torch.Generator().manual_seed(0))
-    w[:, 5] = 0
-    c = column_scale(w, format("int3-g32"), rounds=2)
-    assert bool(c.isfinite().all()) and bool((c > 0).all())
-    assert torch.equal(column_scale(torch.zeros(4, 32), format("int3-g32"), rounds=1), torch.ones(32))
-
-
 # -- refusals --------------------------------------------------------------------------------------------------------------
 
 
@@ -348,9 +317,5 @@ def test_bad_input() -> None:
         mean_shift(torch.ones(3), torch.ones(4))
     with pytest.raises(OptionError, match="share from 0 to 1"):
         mean_shift(torch.ones(3), torch.ones(3), 1.5)
-    with pytest.raises(OptionError, match="use int3-g8 instead of"):
-        column_scale(error, format("int3-g8").with_side(format("lm4+rot").side))
-    with pytest.raises(OptionError, match="at least one round"):
-        column_scale(error, format("int3-g8"), rounds=0)
     with pytest.raises(OptionError, match="at least one round"):
         alternate(error, 1, lambda w: (w, None), rounds=0)

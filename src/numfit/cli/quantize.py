@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not weight errors by the inputs' mean squares when scales are chosen",
     )  # fmt: skip
     group.add_argument(
-        "--transform", metavar="NAME", help="a function-preserving rewrite before: none (default), smooth, awq, osplus, permute"
+        "--transform", metavar="NAME", help="a function-preserving rewrite before: none (default), smooth, awq, osplus, permute, fold"
+    )
+    group.add_argument(
+        "--bias-correction", action="store_true", default=None, help="give mean outputs back through biases, where there are any"
     )
     group.add_argument("--reconstruct", metavar="HOW", help="learn a layer's rounding: none, signround, adaround, tune")
     group.add_argument("--iterations", type=int, metavar="N", help="of --reconstruct (default 200)")
@@ -72,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def calibration(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of calibration that were given, as those of `numfit.quantize`."""
     names = (
-        "calibration", "recipe", "solver", "order", "damp", "importance", "transform", "reconstruct", "iterations", "propagate",
+        "calibration", "recipe", "solver", "order", "damp", "importance", "transform", "bias_correction", "reconstruct", "iterations", "propagate",
         "retarget", "windows", "context", "statistics",
     )  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name)) is not None}

@@ -27,6 +27,7 @@ from numfit.checkpoint.manifest import canonical_json
 from numfit.checkpoint.packed import plane_name
 from numfit.checkpoint.safetensors_file import DTYPES
 from numfit.checkpoint.source import Source
+from numfit.corrections import bias_shift
 from numfit.errors import CheckpointError, OptionError
 from numfit.pipeline.linear import FEW, Solved, finish, reconstruct_layer, round_only, solve_linear
 from numfit.pipeline.partial import LAYERS
@@ -218,8 +219,7 @@ class Walk:
         solved = self._solve(k, mine, tensors, statistics, notes)
         if self.parts.reconstruct != "none":
             solved = self._reconstruct(k, solved)
-        kept = {name: self.planned[name] for name in rewritten if self.planned[name].format is None}
-        planes = {name: rewritten[name].to(DTYPES[tensor.dtype]) for name, tensor in kept.items()}
+        planes: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         effective: dict[str, Tensor] = {}
         for item in solved:
@@ -229,6 +229,11 @@ class Walk:
             planes |= {plane_name(item.name, plane): value for plane, value in packed.state_dict().items()}
             effective[item.name] = weight
             notes += item.notes
+            bias = item.name.removesuffix("weight") + "bias"
+            if self.parts.bias_correction and bias in tensors and item.mean is not None:
+                tensors[bias] = rewritten[bias] = tensors[bias] + bias_shift(tensors[item.name] - weight, item.mean)
+        kept = {name: self.planned[name] for name in rewritten if self.planned[name].format is None}
+        planes |= {name: rewritten[name].to(DTYPES[tensor.dtype]) for name, tensor in kept.items()}
         seals = {}
         if not last:
             if self.quantized is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from numfit.calibration import Statistics
+from numfit.corrections import low_rank, outliers
 from numfit.errors import FormatError
 from numfit.formats import Format, Params, QuantizedTensor, decode, pack, quantize_tensor
 from numfit.formats.rotation import rotate, unrotate
@@ -27,6 +28,7 @@ class Solved:
         weight: what the codes stand for, in their own (rotated) coordinates, fp32 [R, K].
         h: second moment of its inputs in those coordinates [K, K]; None where there is none, or one an expert.
         codes, params: of `format.base`, for all R rows.
+        mean: of the inputs, unrotated [K], or None.
         packed: the finished tensor, where it was rounded without statistics; nothing else is looked at then.
         notes: what should be told.
     """
@@ -38,6 +40,7 @@ class Solved:
     h: Tensor | None
     codes: Tensor
     params: Params
+    mean: Tensor | None = None
     packed: QuantizedTensor | None = None
     notes: tuple[str, ...] = ()
 
@@ -49,7 +52,7 @@ def round_only(name: str, w: Tensor, fmt: Format) -> Solved:
     except FormatError as error:
         raise FormatError(f"tensor '{name}': {error}") from None
     empty = torch.empty(0)
-    return Solved(name, tuple(w.shape), fmt, empty, None, empty, Params(empty, None, None, None), packed)
+    return Solved(name, tuple(w.shape), fmt, empty, None, empty, Params(empty), packed=packed)
 
 
 def solve_linear(name: str, w: Tensor, statistics: Sequence[Statistics], fmt: Format, parts: Parts) -> Solved:
@@ -94,7 +97,7 @@ def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: P
     except FormatError as error:
         raise FormatError(f"tensor '{name}': {error}") from None
     notes = tuple(f"'{name}': {note}" for note in found.notes)
-    return Solved(name, tuple(w.shape), fmt, w, h, found.codes, found.params, notes=notes)
+    return Solved(name, tuple(w.shape), fmt, w, h, found.codes, found.params, stats.mean, notes=notes)
 
 
 def _rotate_both(h: Tensor, rotation: object) -> Tensor:
@@ -106,10 +109,17 @@ def finish(solved: Solved) -> QuantizedTensor:
     """Add the side terms and pack."""
     if solved.packed is not None:
         return solved.packed
-    side = solved.format.side
-    if not side.stored:
-        return pack(solved.format, solved.shape, solved.codes, solved.params)
-    raise NotImplementedError
+    side, base = solved.format.side, solved.format.base
+    terms: dict[str, Tensor] = {}
+    if side.stored:
+        error = solved.weight - decode(base, solved.codes, solved.params)
+        if side.rank:
+            terms["lowrank_b"], terms["lowrank_a"] = b, a = low_rank(error, side.rank, solved.h)
+            error -= b.half().float() @ a.half().float()
+        if side.sparse:
+            columns = side.outliers(error.shape[1])
+            terms["sparse_index"], terms["sparse_value"] = outliers(error, columns, solved.h)
+    return pack(solved.format, solved.shape, solved.codes, solved.params, terms)
 
 
 Runner = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -147,5 +157,3 @@ def reconstruct_layer(
         for item in solved
     ]  # fmt: skip
 
-
-__all__ = ["FEW", "Solved", "decode", "finish", "reconstruct_layer", "round_only", "solve_linear"]

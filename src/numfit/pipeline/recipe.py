@@ -14,7 +14,7 @@ from typing import Any
 from numfit.errors import OptionError, require
 
 RECIPE = "recipe.yaml"
-TRANSFORMS = ("none", "smooth", "awq", "osplus", "permute")
+TRANSFORMS = ("none", "smooth", "awq", "osplus", "permute", "fold")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Parts:
         order: of gptq's columns: static, none, act, group.
         damp: gptq's damping, as a share of the mean of H's diagonal.
         importance: weight errors by the mean square of each input when scales and members are chosen.
-        transform: a function-preserving rewrite of each layer before: none, smooth, awq, osplus or permute.
+        transform: a function-preserving rewrite of each layer before: none, smooth, awq, osplus, permute or fold.
+        bias_correction: add what rounding takes from a linear's mean output to its bias, where it has one.
         reconstruct: what follows for each layer as a whole: none, signround, adaround or tune.
         iterations: of `reconstruct`.
         propagate: whether a layer's inputs are those of the original model, or of the model quantized so far.
@@ -39,6 +40,7 @@ class Parts:
     damp: float = 0.01
     importance: bool = True
     transform: str = "none"
+    bias_correction: bool = False
     reconstruct: str = "none"
     iterations: int = 200
     propagate: str = "original"

@@ -9,7 +9,7 @@ from torch import Tensor
 from numfit.calibration import Statistics
 from numfit.formats import Format, quantize_tensor
 from numfit.structure import Decoder
-from numfit.transforms import awq, osplus, permute, smooth
+from numfit.transforms import awq, fold, osplus, permute, smooth
 
 
 def rewrite_layer(
@@ -18,7 +18,7 @@ def rewrite_layer(
     """The tensors of layer k that a rewrite changes, as it leaves them.
 
     Args:
-        name: smooth, awq, osplus or permute.
+        name: smooth, awq, osplus, permute or fold (column scales of down projections, by D²Quant).
         tensors: of the layer, by name; fp32. stats: of the linears, by module name.
         fmt: of the linears, for what is searched by quantizing.
 
@@ -33,6 +33,10 @@ def rewrite_layer(
     if name == "awq":
         options = awq.AwqOptions(quantize, {module: s.h for module, s in stats.items()})
         return awq.apply(layer, decoder, tensors, stats, options)
+    if name == "fold":
+        downs = [network.down for network in layer.feed_forwards if network.down in stats]
+        columns = {down: fold.column_scale(tensors[f"{down}.weight"], quantize, stats[down].h) for down in downs}
+        return fold.apply(layer, decoder, tensors, stats, fold.FoldOptions(columns))
     if name == "osplus":
         return osplus.apply(layer, decoder, tensors, stats, osplus.OsPlusOptions(quantize, activation_bits=None))
     if name == "smooth":
