@@ -122,9 +122,7 @@ class Results:
 class Walk:
     """The state of a calibrated walk; `run` does it."""
 
-    def __init__(
-        self, source: Source, plan: Plan, task: Calibration, partial: Path, shown: bool
-    ) -> None:
+    def __init__(self, source: Source, plan: Plan, task: Calibration, partial: Path, shown: bool) -> None:
         parts = task.parts
         self.source, self.plan, self.parts, self.shown = source, plan, parts, shown
         self.directory = partial / LAYERS
@@ -141,8 +139,11 @@ class Walk:
         shape = (len(self.windows), self.windows.shape[1], width)
         self.original = Stream(self.directory, "original", shape)
         self.quantized = Stream(self.directory, "quantized", shape) if parts.needs_quantized else None
+        self.streams = [self.original, *([self.quantized] if self.quantized else [])]
         if self.statistics is not None:
             _claim(self.statistics, source, task.recipe["calibration"], self.windows)
+            if not parts.needs_quantized and parts.transform == "none" and all(map(self._kept, range(len(self.blocks)))):
+                self.streams = []  # everything is known already: no layer need run
         tokens = self.windows.numel()
         widest = max((t.shape[-1] for t in plan.quantized if t.role in ("linear", "experts")), default=0)
         if tokens < widest:
@@ -151,17 +152,13 @@ class Walk:
                 f"moments are singular; {8 * widest} tokens or more are better"
             )
 
-    @property
-    def streams(self) -> list[Stream]:
-        return [self.original, *([self.quantized] if self.quantized else [])]
-
     def run(self) -> Results:
         """Solve every layer that is not solved yet."""
         count = len(self.blocks)
         first = self._resume()
         sizes = [sum(self.source.info(n).nbytes for n in self.blocks.sources_of(k)) for k in range(count)]
         with Progress("calibrating and solving", sum(sizes), sum(sizes[:first]), self.shown) as bar:
-            if first < count:
+            if first < count and self.streams:
                 self._embed(first)
             for k in range(first, count):
                 bar.at(self.blocks.prefixes[k])
@@ -255,16 +252,21 @@ class Walk:
     def _statistics(self, k: int, names: set[str], last: bool) -> dict[Key, Statistics]:
         """Statistics of layer k's linears; the original stream moves on to layer k+1 by the way."""
         parts = self.parts
-        kept = self.statistics / f"{k:05d}.safetensors" if self.statistics else None
-        plain = parts.propagate == "original" and not parts.retarget
-        if kept is not None and plain and kept.is_file():
-            if not last or parts.reconstruct != "none":
+        move_on = not last or parts.reconstruct != "none"
+        if parts.propagate == "quantized" or parts.retarget or self.statistics is None:
+            return self._gather(k, names, move_on=move_on)
+        if kept := self._kept(k):
+            if move_on and self.streams:
                 self._forward(k, self.original)
             return load_statistics(kept)
-        found = self._gather(k, names, move_on=not last or parts.reconstruct != "none")
-        if kept is not None and plain:
-            save_statistics(kept, found)
+        found = self._gather(k, names, move_on=move_on)
+        save_statistics(self.statistics / f"{k:05d}.safetensors", found)
         return found
+
+    def _kept(self, k: int) -> Path | None:
+        """The file of layer k's statistics that an earlier run has kept."""
+        path = self.statistics / f"{k:05d}.safetensors" if self.statistics else None
+        return path if path is not None and path.is_file() else None
 
     def _gather(self, k: int, names: set[str], *, move_on: bool = False) -> dict[Key, Statistics]:
         """Statistics of layer k as it is now; with `move_on` the original stream moves on to layer k+1."""
