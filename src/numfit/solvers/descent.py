@@ -15,6 +15,7 @@ from torch import Tensor
 
 from numfit.formats.codec import decode
 from numfit.formats.format import Format
+from numfit.solvers.compiled import compiled_run, usable
 from numfit.solvers.order import columns, small_units
 from numfit.solvers.rounding import Rounder
 from numfit.solvers.state import Problem, State, keep_better
@@ -41,6 +42,7 @@ RunDescent = Callable[[Run, Rounder, bool], None]
 def descent(problem: Problem, state: State, run: RunDescent | None = None) -> State:
     """Passes over all columns, fewer where nothing changes any more."""
     fmt, w, h = problem.fmt, problem.w, problem.h
+    run = run or (compiled_run if usable(w.device) else eager_run)
     block, unit = columns(fmt, w.shape[1])
     rounder = Rounder(fmt, state.params, w.shape[1])
     codes = state.codes.clone()
@@ -50,7 +52,7 @@ def descent(problem: Problem, state: State, run: RunDescent | None = None) -> St
         for a, b in runs(fmt, w.shape[1], problem.options.panel):
             s = slice(a, b)
             part = Run(a, h[s, s], (q - w) @ h[:, s], w[:, s], q[:, s], codes[:, s], block[s], unit[s])
-            (run or eager_run)(part, rounder, small_units(fmt))
+            run(part, rounder, small_units(fmt))
         same = members is None or rounder.member is None or torch.equal(members, rounder.member)
         if same and torch.equal(before, codes):
             break
@@ -93,7 +95,7 @@ def _coordinate(
     code, new = rounder.column(q - gradient / hjj, block, member)
     if stay:
         gain = _gain(new - q, gradient, hjj)
-        keep = ~(gain < -MARGIN * hjj * q * q)
+        keep = ~(gain < (-MARGIN * hjj) * q * q)
         code, new = torch.where(keep, run.codes[:, j], code), torch.where(keep, q, new)
     return code, new, _gain(new - q, gradient, hjj)
 
@@ -129,7 +131,9 @@ def _unit(run: Run, start: int, stop: int, block: int, unit: int, rounder: Round
         results.append((total, codes, values))
     total, codes, values = results[0]
     member = present
-    scale = (run.h.diagonal()[start:stop] * run.q[:, start:stop].square()).sum(1)
+    scale = torch.zeros_like(total)
+    for j in range(start, stop):
+        scale = scale + run.h[j, j] * (run.q[:, j] * run.q[:, j])
     for m, (other, other_codes, other_values) in enumerate(results[1:]):
         better = (other < total - MARGIN * scale) & (present != m)
         total = torch.where(better, other, total)
@@ -138,5 +142,6 @@ def _unit(run: Run, start: int, stop: int, block: int, unit: int, rounder: Round
         values = torch.where(better[:, None], other_values, values)
     step = values - run.q[:, start:stop]
     run.codes[:, start:stop], run.q[:, start:stop] = codes, values
-    run.gradient[:, stop:] += step @ run.h[start:stop, stop:]
+    for j in range(start, stop):
+        run.gradient[:, stop:] += step[:, j - start, None] * run.h[j, stop:]
     rounder.member[:, unit] = member.to(torch.uint8)

@@ -6,7 +6,7 @@ the exact optimal-brain-surgeon update (GPTQ, arXiv 2210.17323). Columns are swe
 made at once, what follows a panel is updated by one matrix product at its end. Two optional terms take part in the update:
 GPTAQ's w_i P_ij and ResComp's (w⁰_i - w_i) R_ij, with w_i cut to what the type can represent.
 
-`sweep` is the plain loop, and the reference; native.py does the panels of a matrix on a CPU in compiled code.
+`eager_panel` is the plain loop, and the reference; compiled.py does the same to the same bits.
 `sweep_columns` is the same for codes of d columns at a time (vector codebooks, trellises).
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from numfit.formats.format import Format
 from numfit.formats.params import Params
+from numfit.solvers.compiled import compiled_panel, usable
 from numfit.solvers.order import Plan, Segment
 from numfit.solvers.rounding import Rounder
 
@@ -46,14 +47,14 @@ class Panel(NamedTuple):
     original: Tensor | None  # the same before any update; only where ResComp's term needs it
     u: Tensor  # [B, B]
     terms: Terms  # [B, B] each
-    column: Tensor  # [B] int64, and the block and unit of each
-    block: Tensor
+    block: Tensor  # [B] int64, and the unit of each column
     unit: Tensor
+    codes: Tensor  # uint8 [N, B]: of each column, once it is swept
     error: Tensor  # [N, B]: e of each column, once it is swept
     before: Tensor | None  # [N, B]: w_i of each column when it was reached, where a term needs it
 
 
-PanelSweep = Callable[[Panel, int, int, Rounder, bool, Tensor], None]
+PanelSweep = Callable[[Panel, int, int, Rounder, bool], None]
 
 
 def sweep(
@@ -68,7 +69,7 @@ def sweep(
     terms: Terms = Terms(),  # noqa: B008
     panel_sweep: PanelSweep | None = None,
 ) -> Swept:
-    """Sweep all columns.
+    """Sweep all columns, in compiled code where weights are on a CPU and there is a library.
 
     Args:
         w: [N, K] fp32, columns as stored.
@@ -76,15 +77,15 @@ def sweep(
         params: where the plan fits blocks on its way, these are changed; otherwise they stay as they are.
         importance: [K] in units of its mean, for fitting blocks.
         choose: small units choose their member when they are reached: that whose own sweep over the unit has the least Σ e².
-        panel_sweep: what does a run of positions of a panel; the eager loop where None.
+        panel_sweep: what does a run of positions of a panel; `eager_panel` is the reference.
     """
-    run = panel_sweep or eager_panel
+    run = panel_sweep or (compiled_panel if usable(w.device) else eager_panel)
     n, k = w.shape
     order = plan.order.to(w.device)
     rounder = Rounder(fmt, params, k)
-    codes = torch.empty((n, k), dtype=torch.uint8, device=w.device)
+    swept = torch.empty((n, k), dtype=torch.uint8, device=w.device)
     losses = torch.zeros(n, dtype=torch.float64, device=w.device)
-    rest = w[:, order]
+    rest = w.index_select(1, order)
     choose = choose and plan.small
     extra = terms.p is not None or terms.r is not None
     for segments in plan.panels:
@@ -92,12 +93,12 @@ def sweep(
         s = slice(a, b)
         inner = Terms(*(None if t is None else t[s, s] for t in terms))
         panel = Panel(
-            rest[:, s], w[:, order[s]] if terms.r is not None else None, u[s, s], inner, plan.order[s], plan.block[s],
-            plan.unit[s], torch.empty((n, b - a), device=w.device), torch.empty((n, b - a), device=w.device) if extra else None,
+            rest[:, s], w.index_select(1, order[s]) if terms.r is not None else None, u[s, s], inner, plan.block[s], plan.unit[s],
+            swept[:, s], torch.empty((n, b - a), device=w.device), torch.empty((n, b - a), device=w.device) if extra else None,
         )  # fmt: skip
         for segment in segments:
             _fit_blocks(rounder, rest, plan, segment, importance)
-            run(panel, segment.start - a, segment.stop - a, rounder, choose, codes)
+            run(panel, segment.start - a, segment.stop - a, rounder, choose)
         losses += panel.error.square().sum(1, dtype=torch.float64)
         if b == k:
             break
@@ -106,6 +107,8 @@ def sweep(
             rest[:, b:].addmm_(panel.before, terms.p[s, b:])
         if terms.r is not None and panel.before is not None and panel.original is not None:
             rest[:, b:].addmm_(panel.original - panel.before, terms.r[s, b:])
+    codes = torch.empty_like(swept)
+    codes[:, order] = swept
     return Swept(codes, rounder.result(), losses)
 
 
@@ -117,7 +120,7 @@ def _fit_blocks(rounder: Rounder, rest: Tensor, plan: Plan, segment: Segment, im
         rounder.fit_block(block, rest[:, where.to(rest.device)], None if importance is None else importance[column])
 
 
-def eager_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose: bool, codes: Tensor) -> None:
+def eager_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose: bool) -> None:
     """Sweep positions [start, stop) of a panel and update the rest of it: the reference."""
     w, u = panel.w, panel.u
     block, unit = panel.block.tolist(), panel.unit.tolist()
@@ -127,7 +130,7 @@ def eager_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose: b
             _choose_member(panel, i, end, rounder)
         x = w[:, i].clone()
         code, q = rounder.column(x, block[i], rounder.members(unit[i]))
-        codes[:, panel.column[i]] = code
+        panel.codes[:, i] = code
         e = (x - q) / u[i, i]
         panel.error[:, i] = e
         w[:, i + 1 :] -= e[:, None] * u[i, i + 1 :]

@@ -1,0 +1,100 @@
+// Sweeps and coordinate descent: the C interface of sweep.h, and how rows are dealt out.
+#include "sweep.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nf {
+namespace {
+
+const Sweepers &sweepers() {
+    static const std::vector<const Sweepers *> all = {
+        portable_sweepers(),
+#ifdef NF_HAVE_AVX2
+        avx2_sweepers(),
+#endif
+#ifdef NF_HAVE_AVXVNNI
+        avxvnni_sweepers(),
+#endif
+#ifdef NF_HAVE_AVX512
+        avx512_sweepers(),
+#endif
+#ifdef NF_HAVE_AMX
+        amx_sweepers(),
+#endif
+#ifdef NF_HAVE_NEON
+        neon_sweepers(),
+#endif
+    };
+    for (const Sweepers *s : all) {
+        if (std::strcmp(s->name, kernels().name) == 0) return *s;
+    }
+    return *all[0];
+}
+
+int fail(char *message, const char *what) {
+    std::snprintf(message, NF_ERROR, "%s", what);
+    return 1;
+}
+
+bool sound(const nf_lattice &l) {
+    return l.rows >= 0 && l.blocks > 0 && l.units > 0 && l.members > 0 && l.members <= 256 && l.entries > 0 && l.entries <= 256 &&
+           (l.entries & (l.entries - 1)) == 0 && l.thresholds && l.levels && l.codes && l.scale && (l.member || !l.choose) &&
+           !(l.choose && l.one_member);
+}
+
+bool inside(const nf_lattice &l, const int64_t *block, const int64_t *unit, int64_t width) {
+    for (int64_t i = 0; i < width; i++) {
+        if (block[i] < 0 || block[i] >= l.blocks || unit[i] < 0 || unit[i] >= l.units) return false;
+    }
+    return true;
+}
+
+// body(row, count, scratch) for all rows, `lanes` at a time.
+template <class Body> int over_rows(int64_t rows, int64_t bytes, char *message, const Body &body) {
+    const int lanes = sweepers().lanes;
+    std::atomic<bool> exhausted{false};
+    parallel((rows + lanes - 1) / lanes, [&](int64_t i) {
+        try {
+            void *scratch = aligned_work(static_cast<size_t>(bytes));
+            const int64_t row = i * lanes;
+            body(row, static_cast<int>(rows - row < lanes ? rows - row : lanes), scratch);
+        } catch (const std::bad_alloc &) {
+            exhausted = true;
+        }
+    });
+    return exhausted ? fail(message, "there is not enough memory to sweep this tensor") : 0;
+}
+
+}  // namespace
+}  // namespace nf
+
+using namespace nf;
+
+NF_API int nf_sweep(const nf_lattice *lattice, const nf_panel *panel, char *message) {
+    const nf_lattice &l = *lattice;
+    const nf_panel &p = *panel;
+    if (!sound(l) || p.width < 1 || p.start < 0 || p.stop > p.width || p.start > p.stop || (p.r && !p.original) ||
+        ((p.p || p.r) && !p.before) || !inside(l, p.block, p.unit, p.width)) {
+        return fail(message, "the parts of this sweep do not fit together");
+    }
+    const Sweepers &s = sweepers();
+    return over_rows(l.rows, s.sweep_scratch(p.width), message,
+                     [&](int64_t row, int count, void *scratch) { s.sweep(l, p, row, count, scratch); });
+}
+
+NF_API int nf_descend(const nf_lattice *lattice, const nf_run *run, char *message) {
+    const nf_lattice &l = *lattice;
+    const nf_run &r = *run;
+    if (!sound(l) || r.width < 1 || !inside(l, r.block, r.unit, r.width)) {
+        return fail(message, "the parts of this descent do not fit together");
+    }
+    const Sweepers &s = sweepers();
+    return over_rows(l.rows, s.descend_scratch(r.width), message,
+                     [&](int64_t row, int count, void *scratch) { s.descend(l, r, row, count, scratch); });
+}

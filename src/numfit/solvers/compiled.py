@@ -1,0 +1,145 @@
+"""Panels of sweeps and runs of coordinate descent in compiled code (kernels/cpu/sweep.h), for matrices on a CPU.
+
+sweep.py and descent.py are the reference: every step here is the same fp32 operation in the same order, so results are the same
+bits, whatever the number of threads and the instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from numfit.errors import NumfitError
+from numfit.native import ERROR_BYTES, declare, library
+from numfit.solvers.rounding import Rounder
+
+if TYPE_CHECKING:
+    from numfit.solvers.descent import Run
+    from numfit.solvers.sweep import Panel
+
+
+class _Lattice(ctypes.Structure):
+    """`nf_lattice`"""
+
+    _fields_ = (
+        ("rows", c_int64), ("blocks", c_int64), ("units", c_int64), ("members", c_int32), ("entries", c_int32),
+        ("thresholds", c_void_p), ("levels", c_void_p), ("codes", c_void_p), ("scale", c_void_p), ("zero", c_void_p),
+        ("member", c_void_p), ("one_scale", c_int32), ("one_member", c_int32), ("choose", c_int32), ("reserved", c_int32),
+    )  # fmt: skip
+
+
+class _Panel(ctypes.Structure):
+    """`nf_panel`"""
+
+    _fields_ = (
+        ("width", c_int64), ("start", c_int64), ("stop", c_int64), ("w", c_void_p), ("ldw", c_int64), ("u", c_void_p),
+        ("p", c_void_p), ("r", c_void_p), ("ldu", c_int64), ("ldp", c_int64), ("ldr", c_int64), ("original", c_void_p),
+        ("block", c_void_p), ("unit", c_void_p), ("codes", c_void_p), ("ldc", c_int64), ("error", c_void_p), ("before", c_void_p),
+    )  # fmt: skip
+
+
+class _Run(ctypes.Structure):
+    """`nf_run`"""
+
+    _fields_ = (
+        ("width", c_int64), ("h", c_void_p), ("ldh", c_int64), ("gradient", c_void_p), ("w", c_void_p), ("q", c_void_p),
+        ("ldw", c_int64), ("block", c_void_p), ("unit", c_void_p), ("codes", c_void_p), ("ldc", c_int64), ("margin", c_float),
+    )  # fmt: skip
+
+
+declare("nf_sweep", c_int, POINTER(_Lattice), POINTER(_Panel), c_char_p)
+declare("nf_descend", c_int, POINTER(_Lattice), POINTER(_Run), c_char_p)
+
+
+def usable(device: torch.device) -> bool:
+    """Whether tensors on `device` can be worked on here."""
+    return device.type == "cpu" and library() is not None
+
+
+def compiled_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose: bool) -> None:
+    """As `sweep.eager_panel`."""
+    n, width = panel.error.shape
+    if n == 0:
+        return
+    p, r = panel.terms
+    for part in (panel.w, panel.codes, panel.u, p, r):
+        assert part is None or part.stride(1) == 1 or part.shape[1] == 1  # rows lie in one piece
+    assert panel.original is None or panel.original.is_contiguous()
+    lattice, kept = _lattice(rounder, n, choose)
+    request = _Panel(
+        width, start, stop, panel.w.data_ptr(), panel.w.stride(0), panel.u.data_ptr(), _address(p), _address(r),
+        panel.u.stride(0), _stride(p), _stride(r), _address(panel.original), panel.block.data_ptr(), panel.unit.data_ptr(),
+        panel.codes.data_ptr(), panel.codes.stride(0), panel.error.data_ptr(), _address(panel.before),
+    )  # fmt: skip
+    _call("nf_sweep", lattice, request)
+    del kept
+
+
+def compiled_run(run: Run, rounder: Rounder, choose: bool) -> None:
+    """As `descent.eager_run`."""
+    from numfit.solvers.descent import MARGIN
+
+    n, width = run.gradient.shape
+    if n == 0:
+        return
+    gradient = run.gradient.contiguous()
+    assert run.w.stride() == run.q.stride()
+    lattice, kept = _lattice(rounder, n, choose)
+    request = _Run(
+        width, run.h.data_ptr(), run.h.stride(0), gradient.data_ptr(), run.w.data_ptr(), run.q.data_ptr(), run.q.stride(0),
+        run.block.data_ptr(), run.unit.data_ptr(), run.codes.data_ptr(), run.codes.stride(0), MARGIN,
+    )  # fmt: skip
+    _call("nf_descend", lattice, request)
+    del kept
+
+
+def _lattice(rounder: Rounder, n: int, choose: bool) -> tuple[_Lattice, list[Tensor]]:
+    """The request, and the tensors that it points to. The rounder's members are changed in place."""
+    members, ranks = rounder.levels.shape
+    entries = 1 << max(0, math.ceil(math.log2(ranks)))
+
+    def padded(t: Tensor, fill: Tensor) -> Tensor:
+        return torch.cat([t.float(), fill.float().expand(members, entries - t.shape[1])], 1).contiguous()
+
+    infinite = torch.tensor([[math.inf]])
+    kept = [padded(rounder.thresholds, infinite), padded(rounder.levels, rounder.levels[:, -1:]),
+            padded(rounder.codes, rounder.codes[:, -1:]), rounder.scale.contiguous()]  # fmt: skip
+    zero = None if rounder.zero is None else rounder.zero.contiguous()
+    member = rounder.member
+    assert member is None or member.is_contiguous()
+    kept += [t for t in (zero, member) if t is not None]
+    thresholds, levels, codes, scale = (t.data_ptr() for t in kept[:4])
+    one_scale = rounder.scale.shape[1] == 1 and len(rounder.scale) == 1
+    one_member = member is not None and member.numel() == 1
+    request = _Lattice(
+        n, rounder.scale.shape[1] if not one_scale else rounder.geometry.blocks, rounder.geometry.units, members, entries, thresholds,
+        levels, codes, scale, _address(zero), _address(member), one_scale, one_member and not choose, choose, 0,
+    )  # fmt: skip
+    return request, kept
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _call(name: str, lattice: _Lattice, request: ctypes.Structure) -> None:
+    """Call a function of the library with torch's number of threads.
+
+    Raises:
+        NumfitError: what the library refused.
+    """
+    lib = library()
+    assert lib is not None
+    lib.nf_set_threads(torch.get_num_threads())
+    message = ctypes.create_string_buffer(ERROR_BYTES)
+    if getattr(lib, name)(byref(lattice), byref(request), message):
+        raise NumfitError(message.value.decode())
