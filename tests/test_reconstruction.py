@@ -13,6 +13,7 @@ from numfit.errors import FormatError, OptionError
 from numfit.formats import Params, bases, decode, encode, fit, format, pack
 from numfit.reconstruction import Options, Report, State, reconstruct, weight
 from numfit.reconstruction.adaround import SoftRounding
+from numfit.reconstruction.blockwise import without_largest
 from numfit.reconstruction.cells import EDGE, cells, scaled
 from numfit.reconstruction.scales import Scales
 from numfit.reconstruction.signround import SignRounding
@@ -135,11 +136,14 @@ def test_it_learns(method: str) -> None:
     assert report.kept > 0 and (report.flipped["a"] > 0) == (method != "tune")
 
 
-def test_beats_nearest_codes() -> None:
+@pytest.mark.parametrize(("method", "least"), [("signround", 0.97), ("adaround", 0.8)])
+def test_beats_nearest_codes(method: str, least: float) -> None:
+    """From nearest codes, without any error to mend: only what codes do together is left to gain."""
     w, x, y = problem(windows=32)
     s = start_of("int3-g24", w, spoil=0)
-    _, report = reconstruct(two_layers, {"a": s}, x, y, Options(iterations=100, batch=4, bf16=False))
-    assert report.end < 0.75 * report.start
+    lr = {"signround": 0.001, "adaround": 0.2}[method]
+    _, report = reconstruct(two_layers, {"a": s}, x, y, Options(method=method, iterations=100, batch=4, lr=lr, bf16=False))
+    assert report.end < least * report.start
 
 
 def test_never_worse() -> None:
@@ -232,20 +236,14 @@ def test_bf16_steps_and_losses() -> None:
         assert report.end < 0.6 * report.start
 
 
-def test_dropped_errors_have_no_gradient() -> None:
-    """One window with one huge wrong target: with `drop` it does not disturb the learning of the rest."""
-    w, x, y = problem(windows=32)
-    y[:, 0, 0] += 300.0
-    s = start_of("int3-g24", w)
-    clean = torch.ones_like(y[0, :, 0], dtype=torch.bool)
-    clean[0] = False
-
-    def error(state: State) -> float:
-        return float((two_layers({"a": weight(state)}, x) - y)[:, clean].square().mean())
-
-    plain, _ = reconstruct(two_layers, {"a": s}, x, y, Options(iterations=60, batch=4, bf16=False, scale_lr=0.02, checks=1))
-    robust, _ = reconstruct(two_layers, {"a": s}, x, y, Options(iterations=60, batch=4, bf16=False, scale_lr=0.02, checks=1, drop=0.005))
-    assert error(robust["a"]) < 0.8 * error(plain["a"])
+def test_largest_errors_are_dropped() -> None:
+    error = torch.rand(3, 40, 25, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    kept = without_largest(error, 0.01)
+    (gradient,) = torch.autograd.grad(kept.sum(), error)
+    edge = error.detach().flatten().sort().values[-30]
+    assert torch.equal(gradient, (error < edge).float()) and int((gradient == 0).sum()) == 30
+    assert torch.equal(kept, torch.where(error < edge, error, 0.0))
+    assert without_largest(error, 0.0001) is error  # less than one element
 
 
 @pytest.mark.parametrize("store", ["fp16", "e3m3", "u8", "e4m3", "bf16", "e8m0"])
@@ -263,7 +261,7 @@ def test_scales_stay_what_the_file_can_hold(store: str) -> None:
         back = pack(fmt, (6, 64), codes, scales.params).parameters()
         assert torch.equal(back.effective_scale(), scales.effective)
         ratio = scales.effective / scales.effective0
-        assert float(ratio.min()) > 0.4 and float(ratio.max()) < 1.9
+        assert float(ratio.min()) > 0.4 and float(ratio.max()) < (1.7 if store != "e8m0" else 2.1)
     assert not torch.equal(scales.params.scale, params.scale)
 
 
@@ -287,7 +285,8 @@ def test_progress_and_report() -> None:
     w, x, y = problem()
     calls: list[tuple[int, float]] = []
     s = start_of("int3-g24", w)
-    _, report = reconstruct(two_layers, {"a": s}, x, y, Options(iterations=9, checks=3, bf16=False), lambda i, v: calls.append((i, v)))
+    options = Options(iterations=9, checks=3, bf16=False)
+    _, report = reconstruct(two_layers, {"a": s}, x, y, options, lambda i, v: calls.append((i, v)))
     assert [i for i, _ in calls] == list(range(1, 10)) and all(v > 0 for _, v in calls)
     assert isinstance(report, Report) and [i for i, _ in report.checks] == [0, 3, 6, 9]
     assert set(report.seconds) == {"forward", "backward", "update", "checks"}
@@ -337,7 +336,8 @@ def test_wrong_options(wrong: dict[str, object]) -> None:
 def test_few_windows_and_odd_shapes() -> None:
     """One window, rows of one weight beyond whole blocks, one row."""
     g = torch.Generator().manual_seed(11)
-    for n, k, name in ((1, 33, "int3-g32"), (5, 67, "mant3-g16@e3m3"), (3, 50, "fp4.25"), (2, 7, "fp5.33"), (4, 40, "bitmod3-g32")):
+    shapes = ((1, 33, "int3-g32"), (5, 67, "mant3-g16@e3m3"), (3, 50, "fp4.25"), (2, 7, "fp5.33"), (4, 40, "bitmod3-g32"))
+    for n, k, name in shapes:
         w, x = torch.randn(n, k, generator=g), torch.randn(1, 9, k, generator=g)
         y = two_layers({"a": w}, x)
         after, report = reconstruct(two_layers, {"a": start_of(name, w)}, x, y, Options(iterations=10, batch=2, bf16=False))

@@ -137,10 +137,10 @@ def reconstruct(
     clock = {"forward": 0.0, "backward": 0.0, "update": 0.0, "checks": 0.0}
     low = _fast_bf16(inputs.device) if o.bf16 is None else o.bf16
     linears = {name: _start(name, state, o) for name, state in states.items()}
-    others = {name: value.detach().float().clone() for name, value in (extra or {}).items()}
-    adams = {name: Adam(value) for name, value in others.items()}
+    others = {name: value.detach().float().clone().requires_grad_() for name, value in (extra or {}).items()}
+    mover = _adam(others, o)
 
-    best, best_extra, kept = dict(states), dict(others), 0
+    best, best_extra, kept = dict(states), {n: v.detach().clone() for n, v in others.items()}, 0
     begin = time.perf_counter()
     start = least = _loss(run, best, best_extra, inputs, targets, judge, o)
     clock["checks"] += time.perf_counter() - begin
@@ -152,7 +152,7 @@ def reconstruct(
         while len(queue) < min(o.batch, len(learn)):
             queue += [learn[i] for i in torch.randperm(len(learn), generator=generator).tolist()]
         chosen, queue = queue[: o.batch], queue[o.batch :]
-        loss, gradients = _gradients(run, linears, others, inputs[chosen], targets[chosen], o, low, clock)
+        loss, gradients = _gradients(run, linears, others, inputs[chosen], targets[chosen], o, low, start, clock)
         begin = time.perf_counter()
         done = (step + 0.5) / o.iterations
         for (name, linear), gradient in zip(linears.items(), gradients, strict=False):
@@ -161,18 +161,21 @@ def reconstruct(
                     f"the gradient of '{name}' is not finite at step {step + 1}; check the block's outputs, or switch bf16 off"
                 )
             linear.update(gradient, o.scale_lr * (1 - done), o.extra_lr * (1 - done), done)
-        for (name, value), gradient in zip(others.items(), gradients[len(linears) :], strict=True):
-            value -= adams[name].step(gradient.float(), o.extra_lr * (1 - done) * _size(value))
+        if mover is not None:
+            for group, gradient in zip(mover.param_groups, gradients[len(linears) :], strict=True):
+                group["params"][0].grad = gradient.float()
+                group["lr"] = group["initial_lr"] * (1 - done)
+            mover.step()
         clock["update"] += time.perf_counter() - begin
         if progress is not None:
             progress(step + 1, loss)
         if step + 1 in at:
             begin = time.perf_counter()
             now = {name: linear.solution() for name, linear in linears.items()}
-            value = _loss(run, now, others, inputs, targets, judge, o)
-            looks.append((step + 1, value))
-            if value < least:
-                best, best_extra, kept, least = now, {n: v.clone() for n, v in others.items()}, step + 1, value
+            error = _loss(run, now, others, inputs, targets, judge, o)
+            looks.append((step + 1, error))
+            if error < least:
+                best, best_extra, kept, least = now, {n: v.detach().clone() for n, v in others.items()}, step + 1, error
             clock["checks"] += time.perf_counter() - begin
     flipped = {n: float((best[n].codes != s.codes).float().mean()) for n, s in states.items()}
     return best, Report(start, least, kept, tuple(looks), flipped, clock, best_extra)
@@ -186,6 +189,16 @@ def weight(state: State) -> Tensor:
     return w if state.effective is None else state.effective(w)
 
 
+def _adam(extra: dict[str, Tensor], o: Options) -> torch.optim.Adam | None:
+    """Adam over the extra tensors, in one pass each; steps are in parts of a tensor's root mean square."""
+    if not extra:
+        return None
+    groups = [{"params": [x], "lr": o.extra_lr * _size(x.detach())} for x in extra.values()]
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15, fused=True)
+
+
 def _start(name: str, state: State, o: Options) -> _Linear:
     scales = Scales(state.fmt, state.params, o.scale_range, o.tune_parents)
     rounding: Rounding
@@ -196,14 +209,14 @@ def _start(name: str, state: State, o: Options) -> _Linear:
         if o.method == "signround":
             rounding = SignRounding(c, o.lr if o.lr is not None else 1 / o.iterations, o.momentum)
         else:
-            rounding = SoftRounding(c, o.lr if o.lr is not None else 0.05)
+            rounding = SoftRounding(c, o.lr if o.lr is not None else 0.2)
     low = [] if state.low_rank is None else [x.detach().float().clone() for x in state.low_rank]
     return _Linear(state, rounding, scales, low, [Adam(x) for x in low] if o.tune_low_rank else [])
 
 
 def _gradients(
     run: Run, linears: dict[str, _Linear], others: dict[str, Tensor], x: Tensor, y: Tensor, o: Options, low: bool,
-    clock: dict[str, float],
+    unit: float, clock: dict[str, float],
 ) -> tuple[float, list[Tensor]]:  # fmt: skip
     """(training loss, gradients by the decoded weights and then by the extra tensors) on windows x, y [b, T, C]."""
     begin = time.perf_counter()
@@ -215,9 +228,8 @@ def _gradients(
         leaves.append(leaf)
         with torch.enable_grad():
             weights[name] = leaf if turned is None else turned(leaf)
-    for name, value in others.items():
-        weights[name] = value.detach().requires_grad_()
-        leaves.append(weights[name])
+    weights |= others
+    leaves += others.values()
     clock["update"] += time.perf_counter() - begin
     begin = time.perf_counter()
     context: Any = torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext()
@@ -226,11 +238,11 @@ def _gradients(
             out = run(weights, x)
         error = _error(out.float() - y.float(), y, o)
         if o.drop:
-            error = _without_largest(error, o.drop)
+            error = without_largest(error, o.drop)
         loss = error.mean()
         clock["forward"] += time.perf_counter() - begin
         begin = time.perf_counter()
-        gradients = torch.autograd.grad(loss, leaves)
+        gradients = torch.autograd.grad(loss / max(unit, 1e-20), leaves)  # in units of the start: far from underflow
     clock["backward"] += time.perf_counter() - begin
     return float(loss.detach()), list(gradients)
 
@@ -243,7 +255,7 @@ def _error(difference: Tensor, y: Tensor, o: Options) -> Tensor:
     return error
 
 
-def _without_largest(error: Tensor, fraction: float) -> Tensor:
+def without_largest(error: Tensor, fraction: float) -> Tensor:
     """The errors with the largest `fraction` of them as zeros."""
     count = int(error.numel() * fraction)
     if not count:
@@ -254,7 +266,8 @@ def _without_largest(error: Tensor, fraction: float) -> Tensor:
 
 @torch.no_grad()
 def _loss(
-    run: Run, states: Mapping[str, State], extra: Mapping[str, Tensor], inputs: Tensor, targets: Tensor, windows: list[int], o: Options
+    run: Run, states: Mapping[str, State], extra: Mapping[str, Tensor], inputs: Tensor, targets: Tensor, windows: list[int],
+    o: Options,
 ) -> float:  # fmt: skip
     """The true loss of stored states: fp32, no element dropped."""
     weights = {name: weight(state) for name, state in states.items()} | dict(extra)
@@ -266,7 +279,7 @@ def _loss(
         total, count = total + float(error.double().sum()), count + error.numel()
     value = total / count
     if value != value or value == float("inf"):
-        raise OptionError("the block's outputs with these quantized weights are not finite; check the start solution and its inputs")
+        raise OptionError("the block's outputs with these quantized weights are not finite; check the start and its inputs")
     return value
 
 

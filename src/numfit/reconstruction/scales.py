@@ -44,7 +44,8 @@ class Scales:
             self.of_parent -= self.adam_parent.step(relative.sum(1, keepdim=True), lr)
             self.of_parent.clamp_(*self.span)
         self.multiplier -= self.adam.step(relative, lr)
-        self.multiplier.clamp_(*self.span)
+        parent = torch.ones_like(self.multiplier) if self.of_parent is None else self.of_parent
+        self.multiplier = self.multiplier.clamp(self.span[0] / parent, self.span[1] / parent)  # the span is of the product
         self.round()
 
     def round(self) -> None:

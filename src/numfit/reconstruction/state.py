@@ -49,7 +49,7 @@ class Options:
             "tune" (codes stay; scales and what else is trainable move: decoupleQ's block step).
         iterations: optimizer steps.
         batch: windows per step.
-        lr: step of the rounding parameters; None: 1 / iterations for signround (so that V travels at most ½), 0.05 for adaround.
+        lr: step of the rounding parameters; None: 1 / iterations for signround (so that V travels at most ½), 0.2 for adaround.
         momentum: of signround's gradient, 0 for none.
         trust: see `cells.cells`: 1 for starts that are nearest codes, less for starts that error compensation made.
         scale_lr: step of the scales in parts of themselves, 0 to keep them.
