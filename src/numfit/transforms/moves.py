@@ -1,13 +1,13 @@
 """Carrying out a rewrite: factors, shifts and orders of channels moved across links, exactly.
 
 What flows through the link becomes x' = ((x - shift) / scale)[order]. Producer and consumers are changed so that the
-consumers' outputs stay: W' = (W * scale)[:, order], bias' = bias + W shift. All in the dtype of the tensors given (fp32
-in use, fp64 in tests); a factor that is a power of two changes no bit of the function.
+consumers' outputs stay: W' = (W * scale)[:, order], bias' = bias + W shift. All in the dtype of the tensors given: fp32
+in use, fp64 in tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,9 +61,6 @@ def execute(moves: Iterable[Move], tensors: Mapping[str, Tensor]) -> dict[str, T
     def rows_of(link: Link, name: str) -> Tensor | slice:
         return slice(None) if link.rows is None else torch.tensor(link.rows, device=get(name).device)
 
-    def has(name: str) -> bool:
-        return name in tensors
-
     for move in moves:
         link = move.link
         _check(move, tensors)
@@ -82,7 +79,7 @@ def execute(moves: Iterable[Move], tensors: Mapping[str, Tensor]) -> dict[str, T
                     changed[link.norm.bias] = b / move.scale.to(b)
             else:
                 for name in (f"{link.producer}.weight", f"{link.producer}.bias"):
-                    if name.endswith("weight") or has(name):
+                    if name.endswith("weight") or name in tensors:
                         changed[name] = _on_rows(get(name), rows_of(link, name), lambda w, s: w / s, move.scale)
             for name in link.consumers:
                 w = get(f"{name}.weight")
@@ -90,17 +87,17 @@ def execute(moves: Iterable[Move], tensors: Mapping[str, Tensor]) -> dict[str, T
         if move.order is not None:
             for module in (link.producer, *link.partners):
                 for name in (f"{module}.weight", f"{module}.bias"):
-                    if name.endswith("weight") or has(name):
+                    if name.endswith("weight") or name in tensors:
                         w, rows = get(name), rows_of(link, name)
-                        changed[name] = w.index_copy(0, torch.arange(len(w))[rows].to(w.device),
-                                                     w[rows][move.order.to(w.device)])  # fmt: skip
+                        index = torch.arange(len(w), device=w.device)[rows]
+                        changed[name] = w.index_copy(0, index, w[index[move.order.to(w.device)]])
             for name in link.consumers:
                 w = get(f"{name}.weight")
                 changed[f"{name}.weight"] = w[:, spread_order(link, move.order).to(w.device)].contiguous()
     return changed
 
 
-def _on_rows(w: Tensor, rows: Tensor | slice, act, what: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _on_rows(w: Tensor, rows: Tensor | slice, act: Callable[[Tensor, Tensor], Tensor], what: Tensor) -> Tensor:
     """`act(w[rows], what)` with one number of `what` a row; the other rows stay."""
     factor = what.to(w)
     out = w.clone()
