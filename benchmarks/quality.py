@@ -31,6 +31,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -106,7 +107,14 @@ def ggml_round_trip(llama: Any, kind: str, w: Tensor, importance: Tensor) -> Ten
     chunk.restype = ctypes.c_size_t
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     chunk.argtypes = (ctypes.c_int, pointer, pointer, count, count, count, pointer)
-    written = chunk(number, x.ctypes.data, out.ctypes.data, 0, n, k + pad, h.ctypes.data)
+    step = -(-n // torch.get_num_threads())
+
+    def part(first: int) -> int:
+        rows = min(step, n - first)
+        return int(chunk(number, x.ctypes.data, out.ctypes.data, first * (k + pad), rows, k + pad, h.ctypes.data))
+
+    with ThreadPoolExecutor() as pool:
+        written = sum(pool.map(part, range(0, n, step)))
     assert written == out.nbytes
     return torch.from_numpy(gguf.dequantize(out, gguf.GGMLQuantizationType(number)).reshape(n, k + pad)[:, :k].copy())
 
