@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from numfit.errors import FormatError, OptionError
 from numfit.formats import Params, bases, decode, encode, fit, format, pack
-from numfit.reconstruction import Options, Report, State, reconstruct, weight
+from numfit.reconstruction import Options, Report, State, progressive, reconstruct, weight
 from numfit.reconstruction.adaround import SoftRounding
 from numfit.reconstruction.blockwise import without_largest
 from numfit.reconstruction.cells import EDGE, cells, scaled
@@ -353,3 +353,42 @@ def test_params_are_not_changed_in_place() -> None:
     reconstruct(two_layers, {"a": s}, x, y, Options(iterations=10, bf16=False))
     assert all(torch.equal(a, b) for a, b in zip((s.codes, s.w, s.params.scale), copies, strict=True))
     assert isinstance(s.params, Params)
+
+
+def _gptq_like(w: Tensor, label: str) -> State:
+    fmt = format("int3-g12")
+    params = fit(fmt, w)
+    return State(label, fmt, encode(fmt, w, params), params, w)
+
+
+def test_progressive_makes_up_for_earlier_groups() -> None:
+    g = torch.Generator().manual_seed(5)
+    w, x, _ = problem(windows=32)
+    v = torch.randn(10, 12, generator=g)
+    y = two_layers({"a": w, "b": v}, x)
+    asked: list[tuple[list[str], dict[str, Tensor]]] = []
+
+    def solve(names: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, State]:
+        asked.append((list(names), dict(weights)))
+        return {n: _gptq_like(weights[n], n) for n in names}
+
+    at_once = {"a": _gptq_like(w, "a"), "b": _gptq_like(v, "b")}
+    options = Options(method="tune", iterations=60, batch=4, extra_lr=0.02, bf16=False)
+    _, plain = reconstruct(two_layers, at_once, x, y, options)
+    states, reports = progressive(two_layers, [["a"], ["b"]], {"a": w, "b": v}, solve, x, y, options)
+    assert [names for names, _ in asked] == [["a"], ["b"]]
+    assert torch.equal(asked[0][1]["b"], v) and not torch.equal(asked[1][1]["b"], v)
+    assert reports[1].start < 0.95 * plain.start and reports[1].end < 0.9 * plain.start
+    assert torch.equal(states["b"].w, asked[1][1]["b"])  # the last group was solved from its moved weight
+    judged = (two_layers({n: weight(s) for n, s in states.items()}, x[4::8]) - y[4::8]).square().mean()
+    assert reports[1].end == pytest.approx(float(judged), rel=1e-4)
+
+
+def test_progressive_refusals() -> None:
+    w, x, y = problem()
+    with pytest.raises(OptionError, match="same linears once each; see b"):
+        progressive(two_layers, [["a", "b"]], {"a": w}, lambda names, weights: {}, x, y)
+    with pytest.raises(OptionError, match="see a"):
+        progressive(two_layers, [["a"], ["a"]], {"a": w}, lambda names, weights: {}, x, y)
+    with pytest.raises(OptionError, match="returned c for the group a"):
+        progressive(two_layers, [["a"]], {"a": w}, lambda names, weights: {"c": start_of("int3-g24", w)}, x, y)

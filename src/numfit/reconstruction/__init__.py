@@ -1,6 +1,7 @@
 """Reconstruction: codes and scales learned against the outputs of the unquantized block."""
 
 from numfit.reconstruction.blockwise import reconstruct, weight
+from numfit.reconstruction.progressive import progressive
 from numfit.reconstruction.state import Options, Report, State
 
-__all__ = ["Options", "Report", "State", "reconstruct", "weight"]
+__all__ = ["Options", "Report", "State", "progressive", "reconstruct", "weight"]
