@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from numfit.checkpoint.safetensors_file import DTYPES
 from numfit.checkpoint.source import Source
 from numfit.corrections import bias_shift
 from numfit.errors import CheckpointError, OptionError
-from numfit.pipeline.linear import FEW, Solved, finish, reconstruct_layer, round_only, solve_linear
+from numfit.pipeline.learn import Run, learn, learn_in_turn
+from numfit.pipeline.linear import FEW, Solved, finish, round_only, solve_linear
 from numfit.pipeline.partial import LAYERS
 from numfit.pipeline.planning import Plan, PlannedTensor
 from numfit.pipeline.progress import Progress
@@ -213,9 +214,12 @@ class Walk:
             tensors |= rewritten
             blocks.install(k, tensors)
             statistics = self._gather(k, names)
-        solved = self._solve(k, mine, tensors, statistics, notes)
-        if self.parts.reconstruct != "none":
-            solved = self._reconstruct(k, solved)
+        if self.parts.reconstruct == "progressive":
+            solved = self._in_turn(k, mine, tensors, statistics, notes)
+        else:
+            solved = self._solve(k, mine, tensors, statistics, notes)
+            if self.parts.reconstruct != "none":
+                solved = learn(self._runner(k), solved, *self._inputs_and_targets(k), self.parts)
         planes: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         effective: dict[str, Tensor] = {}
@@ -268,13 +272,21 @@ class Walk:
         path = self.statistics / f"{k:05d}.safetensors" if self.statistics else None
         return path if path is not None and path.is_file() else None
 
-    def _gather(self, k: int, names: set[str], *, move_on: bool = False) -> dict[Key, Statistics]:
-        """Statistics of layer k as it is now; with `move_on` the original stream moves on to layer k+1."""
+    def _gather(
+        self, k: int, names: set[str], *, move_on: bool = False, quantized: bool = False
+    ) -> dict[Key, Statistics]:
+        """Statistics of layer k as it is now.
+
+        Args:
+            move_on: the original stream moves on to layer k+1 by the way.
+            quantized: take the inputs of the model quantized so far, whatever the recipe says.
+        """
         blocks, cross = self.blocks, self.parts.retarget > 0
         wanted = {target.name for target in blocks.targets_of(k) if any(run.source in names for run in target.runs)}
         recorder = Recorder(blocks.layers[k], blocks.prefixes[k], wanted, cross=cross)
         original = self.original.open(k)
-        other = self.quantized.open(k) if self.quantized and (cross or self.parts.propagate == "quantized") else None
+        quantized = quantized or cross or self.parts.propagate == "quantized"
+        other = self.quantized.open(k) if self.quantized and quantized else None
         out = self.original.open(k + 1, new=True) if move_on else None
         with torch.no_grad():
             for i in range(len(original)):
@@ -318,14 +330,36 @@ class Walk:
             solved.append(solve_linear(tensor.name, w, known, tensor.format, self.parts))
         return solved
 
-    def _reconstruct(self, k: int, solved: list[Solved]) -> list[Solved]:
+    def _runner(self, k: int) -> Run:
+        """Layer k with other weights, by the source's names."""
+        return lambda weights, hidden: self.blocks.run_with(k, self.blocks.parameters(k, weights), hidden)
+
+    def _inputs_and_targets(self, k: int) -> tuple[Tensor, Tensor]:
         assert self.quantized is not None
-        blocks = self.blocks
+        return self.quantized.open(k), self.original.open(k + 1)
 
-        def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-            return blocks.run_with(k, blocks.parameters(k, weights), hidden)
+    def _in_turn(
+        self, k: int, mine: list[PlannedTensor], tensors: dict[str, Tensor], statistics: Mapping[Key, Statistics], notes: list[str]
+    ) -> list[Solved]:
+        """Solve groups of linears that share an input one after the other; those still to come learn to make up for the loss."""
+        places, planned = _places(self.blocks, k), {tensor.name: tensor for tensor in mine}
+        home = {places[name][0]: name for name in planned if len(places.get(name, [])) == 1 and places[name][0][1] is None}
+        groups: dict[int, list[str]] = {}
+        for key, stats in statistics.items():  # in the order in which the layer applies them
+            if key in home:
+                groups.setdefault(id(stats), []).append(home[key])
+        named = [name for group in groups.values() for name in group]
+        alone = self._solve(k, [tensor for tensor in mine if tensor.name not in named], tensors, statistics, notes)
+        self.blocks.install(k, {**tensors, **{item.name: finish(item).dequantize() for item in alone}})
 
-        return reconstruct_layer(run, solved, self.quantized.open(k), self.original.open(k + 1), self.parts)
+        def solve(group: Sequence[str], current: Mapping[str, Tensor]) -> list[Solved]:
+            self.blocks.install(k, {**tensors, **current})
+            seen = self._gather(k, set(group), quantized=True)
+            return self._solve(k, [planned[name] for name in group], current, seen, notes)
+
+        weights = {name: tensors[name] for name in named}
+        learned = learn_in_turn(self._runner(k), list(groups.values()), weights, solve, *self._inputs_and_targets(k), self.parts)
+        return [*alone, *learned]
 
 
 def _claim(directory: Path, source: Source, text: str, windows: Tensor) -> None:

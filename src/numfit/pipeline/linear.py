@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from numfit.calibration import Statistics
 from numfit.corrections import low_rank, outliers
 from numfit.errors import FormatError
 from numfit.formats import Format, Params, QuantizedTensor, decode, pack, quantize_tensor
-from numfit.formats.rotation import rotate, unrotate
+from numfit.formats.rotation import rotate
 from numfit.pipeline.recipe import Parts
 from numfit.solvers import SolverOptions, solve
 
@@ -120,40 +120,4 @@ def finish(solved: Solved) -> QuantizedTensor:
             columns = side.outliers(error.shape[1])
             terms["sparse_index"], terms["sparse_value"] = outliers(error, columns, solved.h)
     return pack(solved.format, solved.shape, solved.codes, solved.params, terms)
-
-
-Runner = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-
-
-def reconstruct_layer(
-    run: Runner, solved: Sequence[Solved], inputs: Tensor, targets: Tensor, parts: Parts
-) -> list[Solved]:
-    """Learn the codes and scales of a whole layer.
-
-    Args:
-        run: the layer with weights by tensor name put in: (weights, hidden states [b, T, C]) → [b, T, C].
-        inputs, targets: [n, T, C].
-    """
-    from numfit.reconstruction import Options, State, reconstruct
-
-    def effective(item: Solved) -> Callable[[Tensor], Tensor]:
-        rotation = item.format.side.rotation
-
-        def weight(w: Tensor) -> Tensor:
-            return (w if rotation is None else unrotate(w, rotation)).view(item.shape)
-
-        return weight
-
-    states = {
-        item.name: State(item.name, item.format.base, item.codes, item.params, item.weight, effective(item))
-        for item in solved if item.packed is None
-    }  # fmt: skip
-    fixed = {item.name: item.packed.dequantize() for item in solved if item.packed is not None}
-    options = Options(method=parts.reconstruct, iterations=parts.iterations)
-    after, _ = reconstruct(lambda w, x: run({**fixed, **w}, x), states, inputs, targets, options)
-    return [
-        item if item.name not in after
-        else replace(item, codes=after[item.name].codes, params=after[item.name].params)
-        for item in solved
-    ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from numfit.errors import OptionError, require
 
 RECIPE = "recipe.yaml"
 TRANSFORMS = ("none", "smooth", "awq", "osplus", "permute", "fold")
+RECONSTRUCTIONS = ("none", "signround", "adaround", "tune", "progressive")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Parts:
         importance: weight errors by the mean square of each input when scales and members are chosen.
         transform: a function-preserving rewrite of each layer before: none, smooth, awq, osplus, permute or fold.
         bias_correction: add what rounding takes from a linear's mean output to its bias, where it has one.
-        reconstruct: what follows for each layer as a whole: none, signround, adaround or tune.
+        reconstruct: what is learned of each layer as a whole: none, signround or adaround (codes and scales), tune (scales), or
+            progressive (weights that are not solved yet, while the others are solved in turn).
         iterations: of `reconstruct`.
         propagate: whether a layer's inputs are those of the original model, or of the model quantized so far.
         retarget: share of the upstream error that each linear compensates for (QEP), 0 to 1.
@@ -53,8 +55,8 @@ class Parts:
             raise OptionError(f"--propagate is original or quantized, not '{self.propagate}'")
         if self.transform not in TRANSFORMS:
             raise OptionError(f"--transform is one of {', '.join(TRANSFORMS)}, not '{self.transform}'")
-        if self.reconstruct not in ("none", "signround", "adaround", "tune"):
-            raise OptionError(f"--reconstruct is none, signround, adaround or tune, not '{self.reconstruct}'")
+        if self.reconstruct not in RECONSTRUCTIONS:
+            raise OptionError(f"--reconstruct is one of {', '.join(RECONSTRUCTIONS)}, not '{self.reconstruct}'")
         if not 0 <= self.retarget <= 1:
             raise OptionError(f"--retarget is a share between 0 and 1, not {self.retarget}")
         if not 0 < self.damp < 100:

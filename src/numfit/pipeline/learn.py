@@ -1,0 +1,81 @@
+"""A layer as a whole: learning its linears' codes, scales or remaining weights against its output in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from numfit.formats.rotation import unrotate
+from numfit.pipeline.linear import Solved
+from numfit.pipeline.recipe import Parts
+from numfit.reconstruction import Options, State, progressive, reconstruct
+
+# The layer with weights by tensor name put in: (weights, hidden states [b, T, C]) → [b, T, C].
+Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+Solve = Callable[[Sequence[str], Mapping[str, Tensor]], list[Solved]]
+HOLDOUT = 4  # of the windows, which choose the best step and are not learned from
+
+
+def learn(run: Run, solved: Sequence[Solved], inputs: Tensor, targets: Tensor, parts: Parts) -> list[Solved]:
+    """Learn the codes and scales of a layer whose linears are solved.
+
+    Args:
+        inputs: hidden states of the model quantized so far [n, T, C]. targets: of the original model, behind the layer.
+    """
+    states = {item.name: state(item) for item in solved if item.packed is None}
+    fixed = {item.name: item.packed.dequantize() for item in solved if item.packed is not None}
+    if not states:
+        return list(solved)
+    after, _ = reconstruct(lambda w, x: run({**fixed, **w}, x), states, inputs, targets, options(parts, len(inputs)))
+    return [updated(item, after) for item in solved]
+
+
+def learn_in_turn(
+    run: Run, groups: Sequence[Sequence[str]], weights: Mapping[str, Tensor], solve: Solve, inputs: Tensor, targets: Tensor,
+    parts: Parts,
+) -> list[Solved]:  # fmt: skip
+    """Solve groups of linears in turn; after each, what is not solved yet learns to make up for the loss.
+
+    Args:
+        groups: names, in the order in which the layer applies them. weights: of all of them, fp32.
+        solve: the linears of a group, given all weights as they stand.
+    """
+    items: dict[str, Solved] = {}
+
+    def states(group: Sequence[str], current: Mapping[str, Tensor]) -> dict[str, State]:
+        found = {item.name: item for item in solve(group, current)}
+        items.update(found)
+        return {name: state(item) for name, item in found.items()}
+
+    after, _ = progressive(run, groups, weights, states, inputs, targets, options(parts, len(inputs)))
+    return [updated(item, after) for item in items.values()]
+
+
+def options(parts: Parts, windows: int) -> Options:
+    """Reconstruction's options from a recipe."""
+    holdout = HOLDOUT if windows >= 4 * HOLDOUT else 0
+    if parts.reconstruct == "progressive":
+        return Options(
+            method="tune", iterations=parts.iterations, batch=2, extra_lr=0.01, scale_lr=0.003, checks=1, holdout=holdout
+        )
+    trust = 0.9 if "gptq" in parts.solver or "descent" in parts.solver else 1.0
+    return Options(method=parts.reconstruct, iterations=parts.iterations, batch=2, holdout=holdout, trust=trust)
+
+
+def state(item: Solved) -> State:
+    """What reconstruction needs of a linear."""
+    rotation = item.format.side.rotation
+
+    def effective(w: Tensor) -> Tensor:
+        return (w if rotation is None else unrotate(w, rotation)).view(item.shape)
+
+    return State(item.name, item.format.base, item.codes, item.params, item.weight, effective)
+
+
+def updated(item: Solved, after: Mapping[str, State]) -> Solved:
+    """A linear with what was learned."""
+    if item.name not in after:
+        return item
+    return replace(item, codes=after[item.name].codes, params=after[item.name].params)
