@@ -246,7 +246,7 @@ def test_no_chain_is_worse_than_what_it_started_from(name: str) -> None:
     fmt = format(name)
     w, h = _layer(9, 75)
     last: Solution | None = None
-    chains = ["nearest", "gptq", "gptq+alternate", "gptq+alternate+descent"]
+    chains = ["nearest", "gptq", "gptq+alternate", "gptq+alternate+descent", "gptq+alternate+descent+refit"]
     for chain in chains:
         s = solve(w, h, fmt, chain)
         actual = float(row_losses(decode(fmt, s.codes, s.params) - w, h).sum())
@@ -330,7 +330,7 @@ def test_pot_second_step() -> None:
         first = solve(w, h, format(name), SolverOptions.parse("nearest", importance=False))
         s = solve(w, h, format(name), SolverOptions.parse("nearest+pot", importance=False, alternations=4))
         assert s.loss < first.loss, name
-    with pytest.raises(OptionError, match=r"powers of two.*nearest, gptq, alternate, descent"):
+    with pytest.raises(OptionError, match=r"powers of two.*nearest, gptq, alternate, refit, descent"):
         solve(w, h, format("int4-g32"), "nearest+pot")
 
 

@@ -1,4 +1,4 @@
-"""Compiled sweeps and coordinate descent against the eager loops: the same bits, on every instruction set and number of threads."""
+"""Compiled sweeps and coordinate descent against the eager loops: the same bits on every instruction set."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ def test_ties_and_thresholds() -> None:
         params = fit(fmt, torch.ones(3, 32))
         rounder = Rounder(fmt, params, 32)
         edges = rounder.thresholds[0][rounder.thresholds[0].isfinite()]
-        points = torch.cat([edges, rounder.levels[0], torch.tensor([0.0, -0.0, 1e30, -1e30]),
-                            torch.nextafter(edges, torch.tensor(torch.inf)), torch.nextafter(edges, torch.tensor(-torch.inf))])  # fmt: skip
+        above, below = (torch.nextafter(edges, torch.tensor(end)) for end in (torch.inf, -torch.inf))
+        points = torch.cat([edges, rounder.levels[0], torch.tensor([0.0, -0.0, 1e30, -1e30]), above, below])
         points = torch.nn.functional.pad(points, (0, -len(points) % 32))
         w = (points * float(params.effective_scale()[0, 0])).view(-1, 32)
         params = Params(params.scale[:1].expand(len(w), -1).contiguous(), params.parent, None,

@@ -39,7 +39,8 @@ class _Panel(ctypes.Structure):
     _fields_ = (
         ("width", c_int64), ("start", c_int64), ("stop", c_int64), ("w", c_void_p), ("ldw", c_int64), ("u", c_void_p),
         ("p", c_void_p), ("r", c_void_p), ("ldu", c_int64), ("ldp", c_int64), ("ldr", c_int64), ("original", c_void_p),
-        ("block", c_void_p), ("unit", c_void_p), ("codes", c_void_p), ("ldc", c_int64), ("error", c_void_p), ("before", c_void_p),
+        ("block", c_void_p), ("unit", c_void_p), ("codes", c_void_p), ("ldc", c_int64), ("error", c_void_p),
+        ("before", c_void_p),
     )  # fmt: skip
 
 
@@ -116,9 +117,9 @@ def _lattice(rounder: Rounder, n: int, choose: bool) -> tuple[_Lattice, list[Ten
     thresholds, levels, codes, scale = (t.data_ptr() for t in kept[:4])
     one_scale = rounder.scale.shape[1] == 1 and len(rounder.scale) == 1
     one_member = member is not None and member.numel() == 1
+    g = rounder.geometry
     request = _Lattice(
-        n, rounder.scale.shape[1] if not one_scale else rounder.geometry.blocks, rounder.geometry.units, members, entries, thresholds,
-        levels, codes, scale, _address(zero), _address(member), one_scale, one_member and not choose, choose, 0,
+        n, g.blocks, g.units, members, entries, thresholds, levels, codes, scale, _address(zero), _address(member), one_scale, one_member and not choose, choose, 0,
     )  # fmt: skip
     return request, kept
 

@@ -9,7 +9,7 @@ from numfit.errors import OptionError
 from numfit.formats.format import Format
 
 STARTS = ("nearest", "gptq")
-REFINEMENTS = ("alternate", "descent", "pot")
+REFINEMENTS = ("alternate", "refit", "descent", "pot")
 ORDERS = ("static", "none", "act", "group")
 
 
@@ -18,12 +18,13 @@ class SolverOptions:
     """A chain of steps, each of which starts from what the one before left and never makes a row worse.
 
     Attributes:
-        steps: the first makes codes (`nearest`, `gptq`), the others improve them (`alternate`, `descent`, `pot`).
+        steps: the first makes codes (`nearest`, `gptq`), the others improve them (`alternate`, `refit`,
+            `descent`, `pot`).
         order: in which gptq visits the columns. `static`: by falling diag H, parameters fitted beforehand. `act`: the same
             order, a block's parameters fitted when the sweep reaches its first column. `group`: whole blocks by their largest
             diag H, columns by falling diag H inside a block. `none`: from left to right.
         damp: what is added to diag H, in units of its mean, before H is inverted.
-        importance: fit parameters under diag H rather than under equal weights.
+        importance: fit parameters under what H says of the inputs rather than under equal weights.
         refit: fit a block's parameters again, on the compensated weights, when the sweep reaches it (orders none, act, group).
         alternations: rounds of `alternate`, and of `pot`.
         sweeps: passes of `descent` over all columns.
@@ -98,7 +99,7 @@ class SolverOptions:
         if "pot" in self.steps and not _powers_of_two(fmt):
             raise OptionError(
                 f"the step 'pot' is for powers of two (pot2, pot3, pot4 and their -log forms), not {fmt.name}; "
-                "these steps apply to every format: nearest, gptq, alternate, descent"
+                "these steps apply to every format: nearest, gptq, alternate, refit, descent"
             )
 
 

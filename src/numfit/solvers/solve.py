@@ -17,10 +17,13 @@ from numfit.solvers.linalg import alive, check_moment
 from numfit.solvers.nearest import nearest
 from numfit.solvers.options import SolverOptions
 from numfit.solvers.pot import pot
+from numfit.solvers.refit import refit
 from numfit.solvers.retarget import retarget
 from numfit.solvers.state import Problem, Solution, State, check_cross, check_weight
 
-STEPS: dict[str, Callable[[Problem, State], State]] = {"gptq": gptq, "alternate": alternate, "descent": descent, "pot": pot}
+STEPS: dict[str, Callable[[Problem, State], State]] = {
+    "gptq": gptq, "alternate": alternate, "refit": refit, "descent": descent, "pot": pot,
+}  # fmt: skip
 
 
 def solve(

@@ -93,7 +93,7 @@ def sweep(
         s = slice(a, b)
         inner = Terms(*(None if t is None else t[s, s] for t in terms))
         panel = Panel(
-            rest[:, s], w.index_select(1, order[s]) if terms.r is not None else None, u[s, s], inner, plan.block[s], plan.unit[s],
+            rest[:, s], None if terms.r is None else w.index_select(1, order[s]), u[s, s], inner, plan.block[s], plan.unit[s],
             swept[:, s], torch.empty((n, b - a), device=w.device), torch.empty((n, b - a), device=w.device) if extra else None,
         )  # fmt: skip
         for segment in segments:
