@@ -13,7 +13,9 @@ from numfit.formats import Format, bases, decode, encode, fit, format
 from numfit.formats.fit import normalized_importance
 from numfit.formats.grid import Grid, ranked
 from numfit.solvers import Solution, SolverOptions, solve
+from numfit.solvers.blocks import blocks
 from numfit.solvers.descent import descent
+from numfit.solvers.gptq import sweep_importance
 from numfit.solvers.linalg import cholesky_inverse_upper, row_losses
 from numfit.solvers.nearest import nearest
 from numfit.solvers.order import make_plan, small_units
@@ -292,6 +294,43 @@ def test_normal_equations_are_the_loss(name: str) -> None:
         value = torch.einsum("nb,nbc,nc->n", s, a, s) - 2 * (r * s).sum(1)
         value = value * mean + row_losses(w, h)[rows]
         torch.testing.assert_close(value, state.losses[rows], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in KINDS if isinstance(format(n).block, int)])
+def test_blocks_get_better_parameters_and_codes(name: str) -> None:
+    fmt = format(name)
+    w, h = _layer(9, 75)
+    h[7], h[:, 7] = 0, 0
+    problem = _problem(w, h, fmt)
+    start = nearest(problem)
+    found = blocks(problem, start)
+    assert bool((found.losses <= start.losses).all()) and float(found.losses.sum()) < 0.9 * float(start.losses.sum())
+    if fmt.block != "tensor" and fmt.unit == "block" and fmt.member_count > 1:
+        assert found.params.member is not None and not torch.equal(found.params.member, start.params.member)
+    chain = solve(w, h, fmt, "gptq+blocks+descent")
+    assert chain.loss <= solve(w, h, fmt, "gptq").loss
+
+
+def test_blocks_without_correlation_are_nearest() -> None:
+    w, _ = _layer(9, 75)
+    for name in ("mant4-g32", "uint3-g32"):
+        problem = _problem(w, torch.eye(75), format(name))
+        start = nearest(problem)
+        assert torch.equal(blocks(problem, start).codes, start.codes)
+    with pytest.raises(OptionError, match=r"'blocks' is for formats whose blocks are smaller than a row"):
+        solve(w, torch.eye(75), format("int4-row"), "gptq+blocks")
+
+
+def test_sweep_importance_is_the_conditional_variance() -> None:
+    """1 / U_ii² of the last column in the order is its damped variance; of the first, that given all others."""
+    _, h = _layer(1, 30)
+    problem = _problem(torch.zeros(1, 30), h, format("int4-g16"))
+    plan, _ = problem.sweep_plan()
+    found = sweep_importance(problem).double()
+    damped = h.double() + 0.01 * h.diagonal().double().mean() * torch.eye(30, dtype=torch.float64)
+    first, last = int(plan.order[0]), int(plan.order[-1])
+    assert float(found[last]) == pytest.approx(float(damped[last, last]), rel=1e-4)
+    assert float(found[first]) == pytest.approx(1 / float(torch.linalg.inv(damped)[first, first]), rel=1e-4)
 
 
 def test_refit_reaches_the_best_scales() -> None:

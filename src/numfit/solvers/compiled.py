@@ -119,7 +119,8 @@ def _lattice(rounder: Rounder, n: int, choose: bool) -> tuple[_Lattice, list[Ten
     one_member = member is not None and member.numel() == 1
     g = rounder.geometry
     request = _Lattice(
-        n, g.blocks, g.units, members, entries, thresholds, levels, codes, scale, _address(zero), _address(member), one_scale, one_member and not choose, choose, 0,
+        n, g.blocks, g.units, members, entries, thresholds, levels, codes, scale, _address(zero),
+        _address(member), one_scale, one_member and not choose, choose, 0,
     )  # fmt: skip
     return request, kept
 

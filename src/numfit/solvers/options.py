@@ -9,7 +9,7 @@ from numfit.errors import OptionError
 from numfit.formats.format import Format
 
 STARTS = ("nearest", "gptq")
-REFINEMENTS = ("alternate", "refit", "descent", "pot")
+REFINEMENTS = ("alternate", "refit", "blocks", "descent", "pot")
 ORDERS = ("static", "none", "act", "group")
 
 
@@ -19,14 +19,14 @@ class SolverOptions:
 
     Attributes:
         steps: the first makes codes (`nearest`, `gptq`), the others improve them (`alternate`, `refit`,
-            `descent`, `pot`).
+            `blocks`, `descent`, `pot`).
         order: in which gptq visits the columns. `static`: by falling diag H, parameters fitted beforehand. `act`: the same
             order, a block's parameters fitted when the sweep reaches its first column. `group`: whole blocks by their largest
             diag H, columns by falling diag H inside a block. `none`: from left to right.
         damp: what is added to diag H, in units of its mean, before H is inverted.
         importance: fit parameters under what H says of the inputs rather than under equal weights.
         refit: fit a block's parameters again, on the compensated weights, when the sweep reaches it (orders none, act, group).
-        alternations: rounds of `alternate`, and of `pot`.
+        alternations: rounds of `alternate`, `blocks` and `pot`.
         sweeps: passes of `descent` over all columns.
         beta: retarget W to W + beta W D (H + λI)^-1 first; needs the cross term D (QEP, arXiv 2504.09629).
         gptaq: factor of GPTAQ's term, 0 for none (the published code ships 0.25); needs the cross term.
@@ -99,6 +99,11 @@ class SolverOptions:
         if "pot" in self.steps and not _powers_of_two(fmt):
             raise OptionError(
                 f"the step 'pot' is for powers of two (pot2, pot3, pot4 and their -log forms), not {fmt.name}; "
+                "these steps apply to every format: nearest, gptq, alternate, refit, descent"
+            )
+        if "blocks" in self.steps and isinstance(fmt.block, str):
+            raise OptionError(
+                f"the step 'blocks' is for formats whose blocks are smaller than a row (-g64, say), not {fmt.name}; "
                 "these steps apply to every format: nearest, gptq, alternate, refit, descent"
             )
 

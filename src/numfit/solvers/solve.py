@@ -11,6 +11,7 @@ from numfit.formats.codec import decode, encode
 from numfit.formats.fit import fit
 from numfit.formats.format import Format
 from numfit.solvers.alternate import alternate
+from numfit.solvers.blocks import blocks
 from numfit.solvers.descent import descent
 from numfit.solvers.gptq import gptq
 from numfit.solvers.linalg import alive, check_moment
@@ -22,7 +23,7 @@ from numfit.solvers.retarget import retarget
 from numfit.solvers.state import Problem, Solution, State, check_cross, check_weight
 
 STEPS: dict[str, Callable[[Problem, State], State]] = {
-    "gptq": gptq, "alternate": alternate, "refit": refit, "descent": descent, "pot": pot,
+    "gptq": gptq, "alternate": alternate, "refit": refit, "blocks": blocks, "descent": descent, "pot": pot,
 }  # fmt: skip
 
 
