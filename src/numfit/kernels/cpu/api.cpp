@@ -51,7 +51,8 @@ std::vector<const Kernels *> available() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                        __builtin_cpu_supports("gfni");
 #ifdef NF_HAVE_AVX2
     if (avx2) out.push_back(avx2_kernels());
 #endif
@@ -205,6 +206,7 @@ NF_API int nf_gather(const nf_linear *l, const int64_t *rows, int64_t count, flo
 NF_API int nf_unpack(const nf_linear *l, const int64_t *rows, int64_t count, uint8_t *codes, void *scale, uint8_t *member, uint8_t *zero,
                      char *error) {
     if (check_rows(l, rows, count, error)) return 1;
+    if (l->trellis) return fail(error, "a trellis has no codes of single rows");
     const int64_t blocks = (l->k + l->block - 1) / l->block, tail = l->k - (blocks - 1) * l->block;
     const int64_t units = (blocks - 1) * ((l->block + l->unit - 1) / l->unit) + (tail + l->unit - 1) / l->unit;
     const int64_t words = blocks * (l->scale_bytes / kRows);

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <memory>
 
-#include "kernels.h"
+#include "trellis.h"
 
 namespace nf {
 namespace {
@@ -74,7 +74,9 @@ void apply_many(const Job *jobs, int count, const float *x, int64_t m, int64_t l
                 const int64_t mine = jobs[j].linear->row_blocks;
                 if (from < mine) {
                     const Job &job = jobs[j];
-                    const auto apply = exact ? k.apply_exact : k.apply_int8;
+                    const bool trellis = job.linear->trellis != nullptr;
+                    const auto apply = trellis ? (exact ? trellis_kernels().apply_exact : trellis_kernels().apply_int8)
+                                               : (exact ? k.apply_exact : k.apply_int8);
                     apply(*job.linear, a, job.y, job.ldy, job.bias, std::max<int64_t>(from, 0), std::min(to, mine));
                 }
                 from -= mine, to -= mine;

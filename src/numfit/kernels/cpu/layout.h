@@ -33,6 +33,8 @@ constexpr int kRows = 16;
 constexpr int kEntries = 512;  // of a decode table: members << bits | code
 constexpr int kFar = 4096, kNear = 512;  // bytes ahead in the code stream: into the second and the first cache level
 
+struct TrellisLayout;  // trellis.h
+
 enum class Codes { b2, b3, b4, b5, b6, b8, triple };
 enum class Members { none, group, quad };  // how the member of a weight is found; triples carry their own
 
@@ -78,6 +80,7 @@ struct Layout {
     void *arena = nullptr;
     int64_t arena_bytes = 0;
     bool huge = false;
+    TrellisLayout *trellis = nullptr;  // in the arena too; its blocks are of 64 rows, and streams are its own
 
     int64_t positions() const { return tiles * tile; }  // columns with padding
     int64_t groups() const { return tiles * sub; }

@@ -1,5 +1,6 @@
 // Planes of a file → the layout of the kernels (layout.h), and back. Plain code: it runs once a matrix.
 #include "repack.h"
+#include "trellis.h"
 
 #include <algorithm>
 #include <cmath>
@@ -351,6 +352,7 @@ static float scale_value(nf_scale kind, const uint8_t *p, int r) {
 }
 
 void gather_row(const Layout &l, int64_t row, float *out) {
+    if (l.trellis) return gather_trellis(l, row, out);
     const Spans spans(l);
     const Places places(l);
     const int r = static_cast<int>(row % kRows);
