@@ -26,7 +26,7 @@ from numfit.formats.trellis_codec import (
     start_scale,
     unpack,
 )
-from numfit.formats.trellis_viterbi import UNIT, circle_states, costs_table, encode_circles, tiles_of
+from numfit.formats.trellis_viterbi import EXHAUSTIVE, UNIT, circle_states, costs_table, encode_circles, tiles_of
 from numfit.kernels.trellis import repack
 from numfit.kernels.trellis import unpack as unpack_kernel
 from numfit.solvers.trellis import solve_trellis
@@ -97,7 +97,16 @@ def test_sizes(name):
 
 
 # first levels of a stream of bytes 0, 37, 74, … for one tile of 64 × 8, and the digest of all of them
-GOLDEN = json.loads("""GOLDEN_HERE""")
+GOLDEN = json.loads("""
+{
+    "trellis2": [[-65, -43, 15, -53, 26, 53, 32, 28, -6], [-26, 9, 28, 28, -21, 13, 21, -41, -6], "43651e70a06a2c99"],
+    "trellis3": [[23, 85, -17, 103, 9, 79, 33, 68, -17], [-26, 103, 17, -35, 45, -17, 26, 41, 10], "c3d63dcb0e2917fe"],
+    "trellis4": [[48, -54, 11, 17, -11, -33, -49, 5, 48], [24, -47, 71, -5, -47, 32, 24, 7, -17], "d92870d76fb14931"],
+    "trellis2-t8": [[-127, 42, 23, 4, 42, 23, -76, 40, -26], [-23, 40, -7, -58, -28, -42, 40, 10, -42], "ea1c338369db886a"],
+    "trellis3-t8": [[-127, -26, 41, 89, -45, 10, -16, -24, 3], [-69, 3, 17, -85, 44, -26, 101, -60, 26], "f2eedecb25ffb6b6"],
+    "trellis4-t8": [[-127, 73, -43, 62, 14, -2, 2, -2, -127], [-8, 33, 86, -127, -8, 48, 49, 25, -8], "0ed495a2a9bf43fc"]
+}
+""")
 
 
 @pytest.mark.parametrize("name", names())
@@ -172,18 +181,20 @@ def test_native_encoder_gives_the_symbols_of_the_eager_one(name, each_isa):
 
 @pytest.mark.parametrize("name", ["trellis2-t8", "trellis4-t8", "trellis3"])
 def test_short_circles_are_encoded_at_their_best(name):
-    """Against every sequence of symbols: exactly where streams are shorter than a state's memory, closely beyond."""
+    """Against every sequence of symbols, as far as the encoder tries them all too; longer ones lose little to their seam."""
     t = trellis(name)
-    table = costs_table(t.table, t.deviation).int()
-    for n in range(1, 12 // t.bits + 1):
+    table = costs_table(t.table, t.deviation)
+    for n in range(1, EXHAUSTIVE // t.bits + 1):
         everything = torch.tensor(list(itertools.product(range(1 << t.bits), repeat=n)), dtype=torch.uint8)
-        decoded = table[circle_states(everything, t.bits, t.state_bits).long()]
-        v = (torch.randn(6, n, generator=seeded(n)) * UNIT).to(torch.int16)
-        best = (v.int()[:, None] - decoded).double().square().sum(-1).amin(1)
-        found = encode_circles(table.to(torch.int16), t.bits, v)
-        mine = (v.int() - table[circle_states(found, t.bits, t.state_bits).long()]).double().square().sum(-1)
-        room = 1.05 if n * t.bits <= t.state_bits - t.bits else 2.5  # costs are rounded to 16 bits; few weights, one seam
-        assert (mine <= best * room + 5e5 * n).all()
+        levels = table[circle_states(everything, t.bits, t.state_bits).long()].double() / UNIT
+        v = (torch.randn(40, n, generator=seeded(n)) * UNIT).to(torch.int16)
+        best = (v[:, None].double() / UNIT - levels).square().sum(-1).amin(1)
+        found = encode_circles(table, t.bits, v)
+        mine = (v / UNIT - table[circle_states(found, t.bits, t.state_bits).long()].double() / UNIT).square().sum(-1)
+        assert (mine <= best + 1e-3 * n).all()  # but for costs that are rounded, and saturate at one deviation or more
+    v = (torch.randn(100, 32, generator=seeded(0)) * UNIT).clamp(-32767, 32767).to(torch.int16)
+    found = table[circle_states(encode_circles(table, t.bits, v), t.bits, t.state_bits).long()].double() / UNIT
+    assert (v / UNIT - found).square().mean() < 1.3 * GAUSSIAN[name]
 
 
 def test_tail_biting_costs_less_than_one_percent():
@@ -369,7 +380,7 @@ def test_kernels_against_the_scalar_decoder(name, each_isa):
             rough = each_isa(lambda: apply(handle, n, z, bias, False))  # noqa: B023
             assert all(torch.equal(y, rough[0]) for y in rough)
             product = z.double() @ (levels * scale.double()[:, None] * LEVEL).T + bias.double()
-            assert (rough[0] - product).abs().max() < 0.03 * (1 + k**0.5)
+            assert (rough[0] - product).norm() < 0.02 * product.norm() + 0.05
             for y in each_isa(lambda: apply(handle, n, z, bias, True)):  # noqa: B023
                 assert (y - product).abs().max() < 1e-5 * (1 + k)
         lib.nf_free(handle)

@@ -6,7 +6,8 @@ each step's costs the least of the step before is taken away. The first of equal
 
 A tile's stream is circular. The exact search would be one Viterbi pass for every state in which the circle may close. Here the
 cheapest free path over the weights on both sides of the seam decides that state, and one pass starts and ends in it, which
-costs less than 1 % of the squared error. Streams shorter than what neighbouring states share are searched exhaustively.
+costs less than 1 % of the squared error. Streams of a few bits, no longer than what neighbouring states share, are searched
+exhaustively.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 UNIT = 8000.0  # of a standard deviation, in costs
+EXHAUSTIVE = 12  # bits of the longest stream of which every one is tried; no less than neighbouring states share
 _CLAMP = 32767
 _CHUNK = 1 << 24  # costs held at a time
 
@@ -37,14 +39,14 @@ def encode_circles(table: Tensor, k: int, v: Tensor) -> Tensor:
     """
     bits = table.numel().bit_length() - 1
     count, n = v.shape
-    if n * k <= bits - k:
+    if n * k <= EXHAUSTIVE:
         return _exhaust(table, k, v)
     out = torch.empty((count, n), dtype=torch.uint8, device=v.device)
     step = max(1, _CHUNK // ((n + 1) << (bits - k)))
     for start in range(0, count, step):
         time = v[start : start + step].flip(1).int()
-        h = min(n, (48 + k - 1) // k + 8)
-        seam = torch.cat([time[:, n - h :], time[:, :h]], 1)
+        h = (48 + k - 1) // k + 8
+        seam = time[:, torch.arange(-h, h, device=v.device) % n]  # short circles several times over
         free = torch.zeros((len(time), 1 << (bits - k)), dtype=torch.int32, device=v.device)
         closing = _walk(table, k, seam, free, None)[:, h]
         fixed = torch.full_like(free, 65535).scatter_(1, closing[:, None], 0)
@@ -103,8 +105,8 @@ def _exhaust(table: Tensor, k: int, v: Tensor) -> Tensor:
     everything = torch.arange(1 << (n * k), device=v.device)
     symbols = torch.stack([everything >> (p * k) & ((1 << k) - 1) for p in range(n)], 1)  # [2**(n k), n]
     levels = table.int()[circle_states(symbols, k, bits)]
-    costs = _cost(v.int()[:, None], levels, k).sum(-1)  # [circles, 2**(n k)]
-    return symbols[_first_least(costs)].to(torch.uint8)
+    best = [_first_least(_cost(part.int()[:, None], levels, k).sum(-1)) for part in v.split(64)]  # costs [64, 2**(n k)]
+    return symbols[torch.cat(best)].to(torch.uint8)
 
 
 def tiles_of(x: Tensor, rows: int, cols: int) -> Tensor:

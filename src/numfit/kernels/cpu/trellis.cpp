@@ -1,8 +1,7 @@
 // Encoding and decoding trellises: the C interface of trellis.h, and how tiles are dealt out.
 //
 // Tail-biting in its cheap form: the cheapest free path over the weights on both sides of the seam says in which state the
-// circle closes; one path over all weights starts and ends there. Tiles of so few weights that their whole stream is shorter than
-// what states share are searched exhaustively.
+// circle closes; one path over all weights starts and ends there. Streams of a few bits are searched exhaustively.
 #include "trellis.h"
 
 #include <algorithm>
@@ -17,6 +16,8 @@
 #include "kernels.h"
 
 namespace nf {
+
+constexpr int kExhaustive = 12;  // bits of the longest stream of which every one is tried; at least L - k
 
 const TrellisKernels &trellis_kernels() {
     static const std::vector<const TrellisKernels *> all = {
@@ -105,7 +106,7 @@ int16_t to_int16(float x) {  // to the nearest, ties to even
 
 void encode_tile(const nf_trellis &code, const TrellisCosts &costs, const int16_t *w, int n, uint8_t *symbols) {
     const int k = code.k;
-    if (n * k <= code.bits - k) {
+    if (n * k <= kExhaustive) {
         exhaust(code, w, n, symbols);
         return;
     }
@@ -115,9 +116,8 @@ void encode_tile(const nf_trellis &code, const TrellisCosts &costs, const int16_
     const int64_t most = costs.overlaps * (2 * kTileWeights + 1) + 64;
     auto *scratch = static_cast<uint16_t *>(aligned_work(static_cast<size_t>(most) * sizeof(uint16_t)));
     const auto path = trellis_kernels().path;
-    const int h = std::min(n, (48 + k - 1) / k + 8);
-    std::copy(time + n - h, time + n, seam);
-    std::copy(time, time + h, seam + h);
+    const int h = (48 + k - 1) / k + 8;
+    for (int i = 0; i < 2 * h; i++) seam[i] = time[(i + n * h - h) % n];  // short circles several times over
     path(costs, seam, 2 * h, -1, -1, scratch, overlap);
     const int32_t closing = overlap[h];
     path(costs, time, n, closing, closing, scratch, overlap);
