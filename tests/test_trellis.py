@@ -13,6 +13,9 @@ from torch import Tensor
 
 from numfit import native
 from numfit.errors import CheckpointError, FormatError, OptionError
+from numfit.formats import Format, QuantizedTensor, format, quantize_tensor
+from numfit.formats import decode as decode_format
+from numfit.formats import pack as pack_format
 from numfit.formats.trellis import LEVEL, Trellis, names, trellis
 from numfit.formats.trellis_codec import (
     decode,
@@ -27,8 +30,10 @@ from numfit.formats.trellis_codec import (
     unpack,
 )
 from numfit.formats.trellis_viterbi import EXHAUSTIVE, UNIT, circle_states, costs_table, encode_circles, tiles_of
+from numfit.kernels import PackedLinear, embedding, linear
 from numfit.kernels.trellis import repack
 from numfit.kernels.trellis import unpack as unpack_kernel
+from numfit.solvers import solve
 from numfit.solvers.trellis import solve_trellis
 
 SHAPES = ((64, 4), (128, 64), (192, 200), (70, 9), (1, 1), (3, 7), (64, 66), (130, 130), (1, 6), (5, 1))
@@ -91,9 +96,9 @@ def test_sizes(name):
     for n, k in SHAPES:
         tiles = [(min(64, n - r), min(4, k - c)) for r in range(0, n, 64) for c in range(0, k, 4)]
         assert t.stream_bytes(n, k) == sum((a * b * t.bits + 7) // 8 for a, b in tiles)
-        assert t.nbytes((n, k)) == t.stream_bytes(n, k) + 2 * n
-    assert t.bits_per_weight((4096, 4096)) == t.bits + 16 / 4096
-    assert t.nbytes((3, 70, 9)) == 3 * t.nbytes((70, 9))
+        assert format(name).nbytes((n, k)) == t.stream_bytes(n, k) + 2 * n
+    assert format(name).bits_per_weight((4096, 4096)) == t.bits + 16 / 4096
+    assert format(name).nbytes((3, 128, 9)) == 3 * format(name).nbytes((128, 9))
 
 
 # first levels of a stream of bytes 0, 37, 74, … for one tile of 64 × 8, and the digest of all of them
@@ -143,8 +148,6 @@ def test_impossible_codes_are_refused():
         Trellis.from_json({"bits": 2})
     with pytest.raises(FormatError, match="unknown trellis"):
         trellis("trellis9")
-    with pytest.raises(FormatError, match="at least one weight"):
-        t.planes((0, 4))
 
 
 @pytest.mark.parametrize("name", names())
@@ -409,3 +412,82 @@ def test_kernels_refuse_what_they_cannot_hold():
         repack(t, (64, 8), stream, torch.ones(64))
     with pytest.raises(FormatError, match="row 3 is NaN or Inf"):
         repack(t, (64, 4), stream, torch.ones(64).index_fill(0, torch.tensor([3]), float("nan")))
+
+
+# -- as a format --------------------------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("name", [*names(), "trellis3+rot", "trellis4-t8+rot3+rank2"])
+def test_the_format(name):
+    fmt = format(name)
+    assert Format.from_json(json.loads(json.dumps(fmt.to_json()))) == fmt
+    w = torch.randn(130, 48, generator=seeded(3)) * 0.03
+    packed = quantize_tensor(w, name)
+    assert packed.nbytes == fmt.nbytes((130, 48)) == sum(p.nbytes for p in packed.planes.values())
+    whole = packed.dequantize()
+    bits = fmt.trellis.bits
+    assert (w - whole).square().mean() < 1.25 * {2: 0.0753, 3: 0.0204, 4: 0.0057}[bits] * w.square().mean()
+    again = QuantizedTensor.from_planes(fmt, (130, 48), packed.planes)
+    assert torch.equal(again.dequantize(torch.bfloat16), whole.bfloat16())
+    for index in (slice(0, 3), torch.tensor([129, 5, 64, 5]), slice(60, 130), 7):
+        assert torch.equal(packed.rows(index), whole[index])
+    for index in (slice(64, 130), slice(0, 64), slice(128, 130)):
+        assert torch.equal(packed.select(index).dequantize(), whole[index])
+    with pytest.raises(FormatError, match="whole tiles"):
+        packed.select(slice(3, 9))
+    x = torch.randn(3, 48, generator=seeded(4))
+    assert torch.allclose(linear(x, packed), x @ whole.T, atol=1e-5)
+    assert torch.equal(embedding(torch.tensor([[1, 129]]), packed), whole[torch.tensor([[1, 129]])])
+    params = packed.base().params()
+    assert torch.equal(pack_format(fmt.base, (130, 48), *params).planes["codes"], packed.planes["codes"])
+
+
+@needs_native
+def test_stacks_and_vectors():
+    w = torch.randn(3, 64, 12, generator=seeded(5))
+    packed = quantize_tensor(w, "trellis2")
+    assert torch.equal(packed.select(1).dequantize(), packed.dequantize()[1])
+    assert torch.equal(packed.rows(slice(1, 3)), packed.dequantize()[1:])
+    assert torch.equal(packed.select(1).dequantize(), quantize_tensor(w[1], "trellis2").dequantize())
+    with pytest.raises(FormatError, match="fill tiles of 64"):
+        quantize_tensor(w[:, :63], "trellis2")
+    assert quantize_tensor(w[0, 0], "trellis2").dequantize().shape == (12,)
+
+
+def test_what_does_not_go_with_a_trellis_is_refused():
+    for name in ("trellis2-g64", "trellis2@bf16", "trellis2-tensor"):
+        with pytest.raises(FormatError, match="trellis"):
+            format(name)
+    with pytest.raises(FormatError, match="absmax"):
+        quantize_tensor(torch.ones(4, 4), "trellis2", scale_rule="absmax")
+    assert format("trellis2-row") == format("trellis2")
+    assert format("trellis2") != format("trellis2-t8")
+
+
+@needs_native
+@pytest.mark.parametrize("name", names())
+def test_packed_linear(name):
+    w = torch.randn(130, 70, generator=seeded(6))
+    weight = quantize_tensor(w, name)
+    packed = PackedLinear.pack(weight)
+    whole = weight.dequantize()
+    assert torch.equal(packed.rows(torch.tensor([5, 129])), whole[[5, 129]])
+    assert all(torch.equal(a, weight.planes[n]) for n, a in packed.unpack().planes.items())
+    x = torch.randn(2, 5, 70, generator=seeded(7))
+    for exact, bound in (("exact", 1e-4), ("int8", 0.02)):
+        y = packed.apply(x, torch.ones(130), exact)
+        assert (y - (x @ whole.T + 1)).norm() < bound * y.norm()
+    assert "trellis" in packed.kernel and packed.rounding == 0
+
+
+@needs_native
+def test_the_solver_room_knows_it():
+    w, h = problem(64, 64)
+    fmt = format("trellis3-t8")
+    near, swept, twice = (solve(w, h, fmt, steps) for steps in ("nearest", "gptq", "gptq+descent"))
+    assert near.loss > swept.loss >= twice.loss
+    again = decode_format(fmt, swept.codes, swept.params)
+    assert float(((w - again) @ h * (w - again)).sum()) == pytest.approx(swept.loss, rel=1e-3)
+    with pytest.raises(OptionError, match="second moment"):
+        solve(w, None, fmt, "gptq")

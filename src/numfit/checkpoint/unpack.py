@@ -75,5 +75,5 @@ def decode(packed: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     rows = packed.shape[0]
     step = max(1, CHUNK * rows // max(1, out.numel()))
     for start in range(0, rows, step):
-        out[start : start + step] = packed.select(slice(start, start + step)).dequantize(dtype)
+        out[start : start + step] = packed.rows(slice(start, start + step), dtype)
     return out

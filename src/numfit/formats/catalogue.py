@@ -36,6 +36,8 @@ from numfit.formats.grid import (
 )
 from numfit.formats.grid import NF4 as NF4_LEVELS
 from numfit.formats.scale import STORES, Scale
+from numfit.formats.trellis import names as trellis_names
+from numfit.formats.trellis import trellis
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,14 @@ _REMAP = (1 / 12, 1 / 4, 5 / 12, 7 / 12, 3 / 4, 5 / 6, 11 / 12, 13 / 12, 7 / 6, 
 register("dynfp4", [sign_magnitude(f"{n}{s * t:+.3f}", half, special=s * t * half[-1])
                     for n, half in _LAYOUTS.items() for t in _REMAP for s in (1, -1)],
          "DynFP: a palette of 16 of 96 remapped floats per tensor", block=32, store="u8", palette=16)  # fmt: skip
+
+# -- trellis codes: symbols that mean something only together; for weights of Gaussian rows, so name them with +rot -------------------
+
+for _name in trellis_names():
+    _code = trellis(_name)
+    register(_name, Grid("symbols", tuple(float(i) for i in range(1 << _code.bits))),
+             f"trellis code of {_code.bits} bits and {_code.state_bits}-bit states, fp16 scale per row; use with +rot",
+             block="row", closed=True, trellis=_code)  # fmt: skip
 
 # -- outside standards: never renormalised, ties to even --------------------------------------------------------------
 

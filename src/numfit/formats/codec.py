@@ -19,6 +19,8 @@ from numfit.formats.nearest import CHAIN_MAX, rank, tables
 from numfit.formats.onepass import encode as encode_in_one_pass
 from numfit.formats.onepass import usable
 from numfit.formats.params import Params, family, row_chunks
+from numfit.formats.trellis_codec import decode as decode_trellis
+from numfit.formats.trellis_codec import encode as encode_trellis
 
 _CHUNK = 1 << 18  # weights at a time: the intermediates stay in cache
 _NATIVE_CHUNK = 1 << 23  # the same where there are none, but for a copy in fp32
@@ -99,6 +101,8 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
     Returns:
         uint8 [R, K].
     """
+    if fmt.trellis is not None:
+        return encode_trellis(fmt.trellis, w.float(), params.effective_scale()[:, 0])
     rows, k = w.shape
     g = fmt.geometry(k)
     t = tables(family(fmt, params), fmt.rounding, w.device)
@@ -139,6 +143,8 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
 
 def decode(fmt: Format, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of codes: uint8 [R, K] → `dtype` [R, K], computed in fp32."""
+    if fmt.trellis is not None:
+        return decode_trellis(fmt.trellis, codes, params.effective_scale()[:, 0], dtype)
     rows, k = codes.shape
     g = fmt.geometry(k)
     levels = tables(family(fmt, params), fmt.rounding, codes.device).levels

@@ -19,7 +19,9 @@ from numfit.errors import FormatError
 from numfit.formats.fitter import Fitter, shrink_factors
 from numfit.formats.format import Format
 from numfit.formats.params import CHUNK, Params, row_chunks
-from numfit.formats.scale import Scale
+from numfit.formats.scale import FP16_MAX, Scale
+from numfit.formats.trellis import Trellis
+from numfit.formats.trellis_codec import start_scale
 
 SCALE_RULES = ("mse", "absmax", "floor", "ceil")
 _NATIVE_CHUNK = 1 << 23  # weights fitted at a time by the compiled pass; CHUNK eagerly
@@ -41,6 +43,8 @@ def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, scale_rule: st
     if scale_rule not in SCALE_RULES or (scale_rule in ("floor", "ceil") and fmt.scale.store != "e8m0"):
         allowed = "mse, absmax" + (", floor, ceil" if fmt.scale.store == "e8m0" else "")
         raise FormatError(f"the scale rule '{scale_rule}' does not apply to {fmt.name}; choose one of {allowed}")
+    if fmt.trellis is not None:
+        return _fit_trellis(fmt.trellis, w, scale_rule)
     h = None if importance is None else normalized_importance(importance.to(w.device))
     palette = None
     if fmt.palette:
@@ -60,6 +64,14 @@ def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, scale_rule: st
         if tensor_parent is not None:
             params = replace(params, parent=tensor_parent)
     return params if palette is None else replace(params, palette=palette)
+
+
+def _fit_trellis(trellis: Trellis, w: Tensor, scale_rule: str) -> Params:
+    """The scale of each row from its deviation; importance says nothing to a code that treats all columns alike."""
+    if scale_rule != "mse":
+        raise FormatError(f"the scale rule '{scale_rule}' does not apply to {trellis.name}; choose mse")
+    scale = start_scale(trellis, w).clamp_max(FP16_MAX).to(torch.float16).float()
+    return Params(scale[:, None])
 
 
 def normalized_importance(h: Tensor) -> Tensor:

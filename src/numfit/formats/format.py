@@ -23,9 +23,11 @@ from numfit.formats.packing import packed_bytes
 from numfit.formats.rotation import factors
 from numfit.formats.scale import FP16_MAX, SEARCHES, STORES, Scale, word_dtype
 from numfit.formats.side import Side
+from numfit.formats.trellis import TILE_ROWS, Trellis
 
 JSON_VERSION = 1
 SIDE_VERSION = 2  # of formats with side terms: a reader that does not know them must not take them for formats without
+TRELLIS_VERSION = 3  # of formats with a trellis, for the same reason
 
 
 class PlaneSpec(NamedTuple):
@@ -65,6 +67,8 @@ class Format:
         rounding: what happens between levels: "down" (nearest, ties to the lower level), "even" (nearest, ties to the
             even code, as MX and NV ask), "log" (thresholds at geometric means, PoTPTQ).
         member_home: "plane", or "scale" where the index lives in spare bits of the scale word.
+        trellis: what codes are symbols of; they then mean nothing one by one, `members` only counts them, and nothing but blocks
+            of whole rows and fp16 scales goes with it.
         side: what is stored or done beside the codes. The verbs fit, encode and decode do not look at it: they see weights that
             are rotated already, and give back what the terms are added to; `quantize_tensor` and `QuantizedTensor` do it all.
     """
@@ -80,6 +84,7 @@ class Format:
     rounding: str = "down"
     member_home: str = "plane"
     side: Side = field(default_factory=Side)
+    trellis: Trellis | None = None
 
     # -- derived numbers ------------------------------------------------------------------------------------------
 
@@ -111,11 +116,15 @@ class Format:
     @property
     def max_level(self) -> float:
         """Largest magnitude of any member."""
+        if self.trellis is not None:
+            return self.trellis.max_level
         return max(grid.max_level for grid in self.members)
 
     @property
     def reach(self) -> float:
         """Largest weight whose scale can be stored (and whose squared errors fp32 can sum)."""
+        if self.trellis is not None:
+            return FP16_MAX  # its scales are smaller than its deviation
         if self.scale.store == "fp16":
             return self.max_level * FP16_MAX
         return self.max_level * (FP16_MAX * self.scale.cap if self.scale.parent == "row" else 2.0**50)
@@ -149,6 +158,11 @@ class Format:
                 f"{self.name} has blocks of {self.block} weights, but a row of this tensor {tuple(shape)} has only "
                 f"{shape[-1]}; use a smaller block such as '-g{1 << (shape[-1].bit_length() - 1)}', or '-row'"
             )
+        if self.trellis is not None and len(shape) > 2 and shape[-2] % TILE_ROWS:
+            raise FormatError(
+                f"{self.name} stacks matrices whose rows fill tiles of {TILE_ROWS}, which {shape[-2]} rows do not; skip this "
+                "tensor or use another format for it"
+            )
         if self.side.rotation is not None:
             factors(shape[-1])
 
@@ -168,6 +182,8 @@ class Format:
         g = self.geometry(row)
         byte = torch.uint8
         out = {"codes": PlaneSpec(byte, (*rows, packed_bytes(row, self.bits)))}
+        if self.trellis is not None:  # a stream of tiles, over all rows
+            out["codes"] = PlaneSpec(byte, (self.trellis.stream_bytes(math.prod(rows), row),))
         word = word_dtype(self.scale, self.spare)
         width = STORES[self.scale.store].bits
         if self.block == "tensor":
@@ -213,8 +229,9 @@ class Format:
     def to_json(self) -> dict[str, Any]:
         """A self-contained description: a reader needs no catalogue, only `docs/format.md`."""
         side = {"side": self.side.to_json()} if self.side else {}
+        trellis = {"trellis": self.trellis.to_json()} if self.trellis is not None else {}
         return {
-            "version": SIDE_VERSION if self.side else JSON_VERSION,
+            "version": TRELLIS_VERSION if trellis else SIDE_VERSION if self.side else JSON_VERSION,
             "name": self.name,
             "bits": self.bits,
             "members": [
@@ -229,6 +246,7 @@ class Format:
             "rounding": self.rounding,
             "member_home": self.member_home,
             **side,
+            **trellis,
         }
 
     @staticmethod
@@ -239,7 +257,8 @@ class Format:
             FormatError: the version is unknown, or a part is missing or impossible.
         """
         name = data.get("name", "?") if isinstance(data, dict) else "?"
-        reads = SIDE_VERSION if isinstance(data, dict) and data.get("side") is not None else JSON_VERSION
+        has = data if isinstance(data, dict) else {}
+        reads = TRELLIS_VERSION if has.get("trellis") else SIDE_VERSION if has.get("side") is not None else JSON_VERSION
         if not isinstance(data, dict) or data.get("version") != reads:
             version = data.get("version") if isinstance(data, dict) else data
             raise FormatError(
@@ -262,6 +281,7 @@ class Format:
                 rounding=str(data["rounding"]),
                 member_home=str(data["member_home"]),
                 side=Side.from_json(data.get("side")),
+                trellis=Trellis.from_json(data["trellis"]) if data.get("trellis") is not None else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the description of format '{name}' is damaged: {error!r}") from None
@@ -274,6 +294,10 @@ class Format:
 
 def _problem(f: Format) -> str | None:
     """Why the parts cannot form a format, or None."""
+    if f.trellis is not None and (f.block != "row" or f.scale.store != "fp16"):
+        return "a trellis has one fp16 scale a row and no other blocks or scales"
+    if f.trellis is not None and (f.bits != f.trellis.bits or len(f.members) != 1 or f.zero or f.palette or f.unit != "block"):
+        return "a trellis has neither members nor zero points"
     if not 1 <= f.bits <= 8:
         return f"codes have 1 to 8 bits, not {f.bits}"
     if not f.members:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from numfit.errors import CheckpointError, FormatError
+from numfit.formats import trellis_codec
 from numfit.formats.codec import decode, encode
 from numfit.formats.fit import fit
 from numfit.formats.format import Format
@@ -20,6 +21,7 @@ from numfit.formats.scale import STORES, from_word, to_word
 from numfit.formats.side import PLANES as SIDE_PLANES
 from numfit.formats.side import restore, to_planes
 from numfit.formats.terms import split
+from numfit.formats.trellis import TILE_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +73,57 @@ class QuantizedTensor:
         return QuantizedTensor(self.format, self.shape, {k: v.to(device) for k, v in self.planes.items()})
 
     def select(self, index: Tensor | int | slice) -> QuantizedTensor:
-        """Entries of the first axis: rows of an embedding [N, K], or an expert of [E, N, K]. Planes without rows are shared."""
+        """Entries of the first axis: rows of an embedding [N, K], or an expert of [E, N, K]. Planes without rows are shared.
+
+        Raises:
+            FormatError: a vector; rows of a trellis that are not whole tiles in order (`rows` decodes any).
+        """
         if len(self.shape) < 2:
             raise FormatError("a quantized vector has no rows to select")
+        if self.format.trellis is not None:
+            return self._select_tiles(index)
         planes = {n: p if _is_shared(self.format, n) else p[index] for n, p in self.planes.items()}
         shape = (*planes["codes"].shape[:-1], self.shape[-1])
         specs = self.format.planes(shape)
         return QuantizedTensor(self.format, shape, {n: _plain(p, specs[n].shape) for n, p in planes.items()})
+
+    def _select_tiles(self, index: Tensor | int | slice) -> QuantizedTensor:
+        fmt, r, k = self.format, math.prod(self.shape[:-1]), self.shape[-1]
+        assert fmt.trellis is not None
+        place = torch.arange(r).view(self.shape[:-1])[index if not isinstance(index, Tensor) else index.cpu()]
+        wanted = place.reshape(-1)
+        tiles = wanted[::TILE_ROWS] // TILE_ROWS
+        stream, heights = trellis_codec.streams_of_tiles(fmt.trellis, self.planes["codes"], (r, k), tiles.to(self.device))
+        whole = [torch.arange(t * TILE_ROWS, min(r, (t + 1) * TILE_ROWS)) for t in tiles.tolist()]
+        if len(wanted) == 0 or not torch.equal(torch.cat(whole), wanted) or (tiles[1:] <= tiles[:-1]).any():
+            raise FormatError(
+                f"{fmt.name} codes {TILE_ROWS} rows together, so only whole tiles can be taken out of it, in order; leave this tensor "
+                "out when quantizing (--skip), or use another format for it"
+            )
+        planes = {n: p if n == "codes" or _is_shared(fmt, n) else p[index] for n, p in self.planes.items()}
+        planes["codes"] = stream
+        shape = (*place.shape, k)
+        specs = fmt.planes(shape)
+        return QuantizedTensor(fmt, shape, {n: _plain(p, specs[n].shape) for n, p in planes.items()})
+
+    def rows(self, index: Tensor | int | slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Decoded entries of the first axis, as `select(index).dequantize(dtype)` but for any rows of any format."""
+        fmt = self.format
+        if fmt.trellis is None:
+            return self.select(index).dequantize(dtype)
+        r, k = math.prod(self.shape[:-1]), self.shape[-1]
+        place = torch.arange(r, device=self.device).view(self.shape[:-1])[index]
+        scale = self.planes["scale"].view(-1)
+        weight = trellis_codec.decode_rows(fmt.trellis, self.planes["codes"], scale, (r, k), place.reshape(-1))
+        if fmt.side:
+            terms = {n: p if _is_shared(fmt, n) else p[index] for n, p in self.terms().items()}
+            return restore(fmt.side, weight, terms, dtype).view(*place.shape, k)
+        return weight.to(dtype).view(*place.shape, k)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the planes are."""
+        return self.planes["codes"].device
 
     def base(self) -> QuantizedTensor:
         """The codes and their parameters without the side terms: in rotated coordinates, where there is a rotation."""
@@ -94,6 +140,8 @@ class QuantizedTensor:
         """Unpack: (codes uint8 [R, K], parameters)."""
         k = self.shape[-1]
         codes = self.planes["codes"]
+        if self.format.trellis is not None:
+            return trellis_codec.unpack(self.format.trellis, codes, math.prod(self.shape[:-1]), k), self.parameters()
         return unpack_bits(codes.reshape(-1, codes.shape[-1]), self.format.bits, k), self.parameters()
 
     def parameters(self) -> Params:
@@ -181,7 +229,7 @@ def pack(
         FormatError: a term is missing or of another size.
     """
     specs = fmt.planes(shape)
-    planes = {"codes": pack_bits(codes, fmt.bits)}
+    planes = {"codes": pack_bits(codes, fmt.bits) if fmt.trellis is None else trellis_codec.pack(fmt.trellis, codes)}
     word = to_word(fmt.scale, params.scale, params.member, fmt.spare)
     planes["scale"] = pack_bits(word, 6) if _six_bits(fmt) else word
     if "member" in specs:

@@ -85,25 +85,6 @@ class Trellis:
         """Bytes of the symbols of a matrix [rows, row]."""
         return sum(rows_here * size for rows_here, size in _streams(self.bits, rows, row))
 
-    def planes(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Plane name → element type and shape of a weight [..., N, K]; a vector [K] is a matrix of one row."""
-        *lead, rows, row = (1, *shape) if len(shape) == 1 else shape
-        if rows == 0 or row == 0:
-            raise FormatError(f"{self.name} needs rows of at least one weight, not the shape {tuple(shape)}")
-        scales = (1,) if len(shape) == 1 else (*lead, rows)
-        return {
-            "codes": (torch.uint8, (*lead, self.stream_bytes(rows, row))),
-            "scale": (torch.float16, scales),
-        }
-
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes that a weight of `shape` takes in the file."""
-        return sum(math.prod(s) * dtype.itemsize for dtype, s in self.planes(shape).values())
-
-    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
-        """Stored bits over weights, everything counted: about k + 16 / K."""
-        return 8 * self.nbytes(shape) / math.prod(shape)
-
     def to_json(self) -> dict[str, Any]:
         """A self-contained description."""
         return {

@@ -24,6 +24,7 @@ from numfit.native import ERROR_BYTES, declare, library
 
 HEADROOM = 1.04  # scale for encoding over the deviation of a row: 0.02 dB better than 1 at two bits, 0.1 dB at four
 _FP16_MAX = 65504.0
+_CHUNK = 1 << 20  # weights decoded at a time
 
 
 class _Code(ctypes.Structure):
@@ -133,7 +134,36 @@ def decode_levels_eager(t: Trellis, symbols: Tensor) -> Tensor:
 
 def decode(t: Trellis, symbols: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights of symbols [N, K] and scales [N]: one product in fp32, rounded once to `dtype`."""
-    return (scale.float()[:, None] * (decode_levels(t, symbols).float() * LEVEL)).to(dtype)
+    out = torch.empty(symbols.shape, dtype=dtype, device=symbols.device)
+    step = TILE_ROWS * max(1, _CHUNK // (TILE_ROWS * max(1, symbols.shape[1])))
+    for start in range(0, len(symbols), step):
+        s = slice(start, start + step)
+        out[s] = scale[s].float()[:, None] * (decode_levels(t, symbols[s]).float() * LEVEL)
+    return out
+
+
+def decode_rows(t: Trellis, stream: Tensor, scale: Tensor, shape: tuple[int, int], rows: Tensor) -> Tensor:
+    """Some rows of a matrix: stream of all [N, K], scale [N], row numbers int64 [r] → fp32 [r, K]. Decodes the tiles they lie in."""
+    n, k = shape
+    tiles, place = torch.unique(rows // TILE_ROWS, return_inverse=True)
+    part, heights = streams_of_tiles(t, stream, shape, tiles)
+    symbols = unpack(t, part, int(heights.sum()), k)
+    starts = heights.cumsum(0) - heights
+    found = starts.to(rows.device)[place] + rows % TILE_ROWS
+    return scale[rows].float()[:, None] * (decode_levels(t, symbols)[found].float() * LEVEL)
+
+
+def streams_of_tiles(t: Trellis, stream: Tensor, shape: tuple[int, int], tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of some rows of tiles, ascending, and the heights of these tiles: a short one can only be the last."""
+    n, k = shape
+    size = t.stream_bytes(TILE_ROWS, k)
+    whole = tiles[tiles < n // TILE_ROWS]
+    parts = [stream[: n // TILE_ROWS * size].view(-1, size)[whole].flatten()]
+    heights = torch.full((len(tiles),), TILE_ROWS)
+    if len(whole) < len(tiles):
+        parts.append(stream[n // TILE_ROWS * size :])
+        heights[-1] = n % TILE_ROWS
+    return torch.cat(parts), heights
 
 
 def refit(t: Trellis, w: Tensor, levels: Tensor, h: Tensor | None, start: Tensor) -> Tensor:

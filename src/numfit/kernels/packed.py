@@ -20,6 +20,7 @@ from numfit.formats import Format, QuantizedTensor
 from numfit.formats.packing import pack_bits, unpack_bits
 from numfit.formats.params import family
 from numfit.formats.scale import STORES, from_word, to_word, word_dtype
+from numfit.kernels import trellis
 from numfit.native import ERROR_BYTES, Matrix, library
 
 ACTIVATIONS = ("int8", "exact")  # positions are the modes of nf_apply
@@ -67,6 +68,11 @@ class PackedLinear:
             raise OptionError(f"the CPU kernels cannot use a weight on '{weight.planes['codes'].device}'; move it to the CPU")
         if weight.format.side:
             raise FormatError(f"{weight.format.name} has no CPU kernel: it has side terms")
+        if weight.format.trellis is not None:
+            whole = QuantizedTensor.from_planes(weight.format, weight.shape, weight.planes)
+            n, k = whole.shape
+            handle = trellis.repack(weight.format.trellis, (n, k), whole.planes["codes"], whole.planes["scale"].view(-1))
+            return PackedLinear(weight.format, (n, k), handle, {"scale": whole.planes["scale"]})
         matrix, alive, kept = _matrix(QuantizedTensor.from_planes(weight.format, weight.shape, weight.planes))
         error = ctypes.create_string_buffer(ERROR_BYTES)
         lib.nf_set_threads(torch.get_num_threads())
@@ -146,6 +152,9 @@ class PackedLinear:
     def unpack(self) -> QuantizedTensor:
         """The planes as the file had them."""
         fmt, (n, k) = self.format, self.shape
+        if fmt.trellis is not None:
+            planes = {"codes": trellis.unpack(fmt.trellis, self.shape, self.handle), **self._kept}
+            return QuantizedTensor.from_planes(fmt, self.shape, planes)
         g = fmt.geometry(k)
         specs = fmt.planes((n, k))
         codes = torch.empty(specs["codes"].shape, dtype=torch.uint8)

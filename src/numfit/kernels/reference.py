@@ -34,7 +34,7 @@ def linear(x: Tensor, packed: QuantizedTensor, bias: Tensor | None = None) -> Te
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        weight = packed.select(slice(start, stop)).dequantize(x.dtype)  # [step, K]
+        weight = packed.rows(slice(start, stop), x.dtype)  # [step, K]
         out[..., start:stop] = F.linear(x, weight, None if bias is None else bias[start:stop])
     return out
 
@@ -51,4 +51,4 @@ def embedding(ids: Tensor, packed: QuantizedTensor, dtype: torch.dtype = torch.f
         [..., K].
     """
     rows, place = torch.unique(ids, return_inverse=True)
-    return F.embedding(place, packed.select(rows).dequantize(dtype))
+    return F.embedding(place, packed.rows(rows, dtype))

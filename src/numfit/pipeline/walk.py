@@ -326,7 +326,7 @@ def relative_error(weight: Tensor, packed: QuantizedTensor) -> float:
     step = max(1, CHECK_WEIGHTS * rows // max(1, weight.numel()))
     for start in range(0, rows, step):
         w = weight[start : start + step].float().cpu().numpy()
-        w_hat = packed.select(slice(start, start + step)).dequantize().cpu().numpy()
+        w_hat = packed.rows(slice(start, start + step)).cpu().numpy()
         with np.errstate(invalid="ignore", over="ignore"):
             difference += float(np.square(w - w_hat, dtype=np.float64).sum())
         total += float(np.square(w, dtype=np.float64).sum())

@@ -144,8 +144,8 @@ class PackedParameter:
                 if isinstance(part, PackedLinear):
                     parts.append(part.rows(slice(low, high)).to(dtype))
                 elif isinstance(part, QuantizedTensor):
-                    part = part if high - low == piece.rows else part.select(slice(low, high))
-                    parts.append(part.dequantize(dtype))
+                    whole = high - low == piece.rows
+                    parts.append(part.dequantize(dtype) if whole else part.rows(slice(low, high), dtype))
                 else:
                     parts.append(part[low:high].to(dtype))
             offset += piece.rows

@@ -10,17 +10,20 @@ from numfit.errors import OptionError
 from numfit.formats.codec import decode, encode
 from numfit.formats.fit import fit
 from numfit.formats.format import Format
+from numfit.formats.params import Params
+from numfit.formats.trellis import LEVEL
 from numfit.solvers.alternate import alternate
 from numfit.solvers.blocks import blocks
 from numfit.solvers.descent import descent
 from numfit.solvers.gptq import gptq
-from numfit.solvers.linalg import alive, check_moment
+from numfit.solvers.linalg import alive, check_moment, row_losses
 from numfit.solvers.nearest import nearest
 from numfit.solvers.options import SolverOptions
 from numfit.solvers.pot import pot
 from numfit.solvers.refit import refit
 from numfit.solvers.retarget import retarget
 from numfit.solvers.state import Problem, Solution, State, check_cross, check_weight
+from numfit.solvers.trellis import solve_trellis
 
 STEPS: dict[str, Callable[[Problem, State], State]] = {
     "gptq": gptq, "alternate": alternate, "refit": refit, "blocks": blocks, "descent": descent, "pot": pot,
@@ -44,6 +47,8 @@ def solve(
         FormatError: a weight that the format cannot hold.
     """
     options = SolverOptions.parse(options) if isinstance(options, str) else options
+    if fmt.trellis is not None:
+        return _solve_trellis(check_weight(w, fmt), h, fmt, options)
     options.check(fmt)
     w = check_weight(w, fmt)
     k = w.shape[1]
@@ -78,3 +83,27 @@ def solve(
         if step != "nearest":
             state = STEPS[step](problem, state)
     return Solution(state.codes, state.params, float(state.losses.sum()), start, tuple(problem.notes))
+
+
+def _solve_trellis(w: Tensor, h: Tensor | None, fmt: Format, options: SolverOptions) -> Solution:
+    """A trellis has one solver, a sweep with feedback; of the chain it takes whether to use `h` and whether to go over it again.
+
+    `nearest` looks at the weights alone, `gptq` is the sweep, `alternate` and `descent` behind it stand for a second one. What
+    rounding alone would have lost (`start`) is then not known: to find out costs as much again.
+    """
+    assert fmt.trellis is not None
+    if h is None and options.needs_statistics:
+        raise OptionError(
+            f"the chain '{'+'.join(options.steps)}' needs the second moment of the inputs: calibrate on a text, "
+            "or use 'nearest', which needs none"
+        )
+    if h is not None:
+        check_moment(h, w.shape[1])
+        h = h.detach().to(w.device).float()
+    again = any(step in ("alternate", "descent") for step in options.steps)
+    blind = options.steps == ("nearest",)
+    found = solve_trellis(w, None if blind else h, fmt.trellis, damping=options.damp, sweeps=int(again))
+    scale = found.scale.float()[:, None]
+    error = w - scale * (found.levels.float() * LEVEL)
+    loss = float(error.double().square().sum() if h is None else row_losses(error, h).sum())
+    return Solution(found.symbols, Params(scale), loss, loss)
