@@ -16,6 +16,7 @@ examples:
   numfit eval my-model-mant4 --text valid.txt --reference my-model --keep-reference ref.d   # next time is quicker
   numfit eval my-model-mant4 --text valid.txt --reference my-model --json | jq .kl_mean
   numfit eval my-model --text valid.txt --windows 2 --context 256         # a quick look
+  numfit eval my-model --text valid.txt --reference my-model --kv kv4     # what an encoded cache costs
 
 DIR and REF are Hugging Face directories, quantized or not. The text is cut into evenly spaced windows that do not
 overlap; every position but the first of each is scored, and models that need a BOS token (Gemma) get one a window.
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what computes packed layers on a CPU: kernels with int8 activations (default, as 'numfit run'), kernels with "
         "exact ones, or PyTorch",
     )  # fmt: skip
+    parser.add_argument(
+        "--kv", metavar="CACHE",
+        help="see the text through an encoded cache: kv8, kv4, kv4-rot, kv3, mant4, mant4+, or KEYS,VALUES (docs/kvcache.md)",
+    )  # fmt: skip
+    parser.add_argument("--kv-chunk", type=int, default=64, metavar="N", help="tokens a pass with --kv (default 64)")
     parser.add_argument("--device", metavar="DEVICE", help="where to run, for instance cuda (default: the CPU)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument(
@@ -65,14 +71,15 @@ def run(args: argparse.Namespace) -> int:
         "windows": args.windows, "context": args.context, "dtype": args.dtype, "device": args.device,
         "batch": args.batch,
     }  # fmt: skip
+    cache = {"kv": args.kv, "kv_chunk": args.kv_chunk}
     check_directory(args.model)
     with cpu_threads(args.threads):
         if args.reference is None:
-            result = evaluate(args.model, text, activations=args.activations, **options)
+            result = evaluate(args.model, text, activations=args.activations, **cache, **options)
         else:
             kept = Path(args.keep_reference) if args.keep_reference is not None else None
             with Reference(args.reference, text, directory=kept, **options) as reference:
-                result = evaluate(args.model, text, reference=reference, activations=args.activations, **options)
+                result = evaluate(args.model, text, reference=reference, activations=args.activations, **cache, **options)
     print(json.dumps(result, indent=1) if args.json else table(result))
     return 0
 
@@ -107,6 +114,10 @@ def table(result: dict[str, Any]) -> str:
                 else "not measured: the reference has no list of decoder layers",
             ),
         ]  # fmt: skip
+    if "kv" in result:
+        memory = result["kv_memory"]
+        bits = f"{memory['bits_per_value']:.4g} bits a value" if memory["bits_per_value"] else "nothing encoded"
+        pairs.append(("cache", f"{result['kv']}, {bits}, in passes of {result['kv_chunk']} tokens"))
     for kernel, count in result["kernels"].items():
         pairs.append(("computed by", f"{kernel}: {count} tensors, {result['activations']} activations"))
     pairs.append(("time", f"{result['seconds']:.1f} s, loading {result['load_seconds']:.1f} s, in {result['dtype']}"))

@@ -16,6 +16,7 @@ examples:
   numfit run my-model-mant4 --prompt "Write a haiku about rounding." --temperature 0.8 --seed 1
   numfit run my-model-mant4 --prompt "Once upon a time" --raw --max-tokens 40   # no chat template
   numfit run my-model-mant4 --prompt "Hello" --decode-once    # without kernels, in the memory of the unquantized model
+  numfit run my-model-mant4 --prompt "Hello" --kv kv4         # keys and values in four bits
   numfit run my-model-mant4 --prompt "Hello" --json | jq .text
 
 The text goes to standard output, everything else to standard error. A model with a chat template answers the prompt as
@@ -44,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what computes packed layers on a CPU: kernels with int8 activations (default), kernels with exact ones "
         "(slower), or PyTorch (slowest)",
     )  # fmt: skip
+    parser.add_argument(
+        "--kv", metavar="CACHE",
+        help="keep keys and values encoded: kv8, kv4, kv4-rot, kv3, mant4, mant4+, or KEYS,VALUES (docs/kvcache.md)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
 
@@ -55,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise OptionError("the prompt is empty; give some text, for instance --prompt 'The capital of France is'")
+    if args.kv is not None:
+        from numfit.kvcache import preset
+
+        preset(args.kv)  # an unknown name is noticed before the model is loaded
     with cpu_threads(args.threads):
         return _answer(args, prompt)
 
@@ -84,7 +93,7 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
     for kernel, count in kernels.items():
         how = "" if kernel.startswith("PyTorch") else f", {activations} activations on {native.isa()}"
         print(f"{count} tensors: {kernel}{how}", file=sys.stderr)
-    decoder, reason = _decoder(model)
+    decoder, reason = _decoder(model, args.kv)
     if reason:
         print(f"transformers' own code runs, because {reason}", file=sys.stderr)
 
@@ -93,7 +102,7 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
 
     result = generate(
         model, tokenizer, prompt, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
-        seed=args.seed, raw=args.raw, on_text=None if args.json else show, decoder=decoder,
+        seed=args.seed, raw=args.raw, on_text=None if args.json else show, decoder=decoder, kv=args.kv,
     )  # fmt: skip
     if args.json:
         out = {
@@ -112,6 +121,8 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
             "isa": native.isa(),
             "threads": torch.get_num_threads(),
             "weights_bytes": round(size * 1e6),
+            "kv": args.kv,
+            "kv_memory": result.cache,
         }
         print(json.dumps(out, ensure_ascii=False, indent=1))
     else:
@@ -121,14 +132,29 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
         f"{result.prompt_tokens}: {result.prompt_tokens_per_second:.1f} tokens/s, then {result.decode_tokens_per_second:.1f})",
         file=sys.stderr,
     )
+    if result.cache is not None:
+        print(_cache_line(args.kv, result.cache), file=sys.stderr)
     return 0
 
 
-def _decoder(model: Any) -> tuple[Any, str]:
+def _cache_line(name: str, memory: dict[str, Any]) -> str:
+    """What a cache holds, in a line."""
+    used = memory["packed"] + memory["metadata"] + memory["residual"]
+    bits = memory["bits_per_value"]
+    encoded = f"{bits:.2f} bits a value where encoded" if bits else "too short to encode any"
+    return (
+        f"cache {name}: {memory['tokens']} tokens, {encoded}; {used / 1e6:.1f} MB with the latest tokens, "
+        f"{memory['equivalent'] / 1e6:.1f} MB in 16 bits"
+    )
+
+
+def _decoder(model: Any, kv: str | None = None) -> tuple[Any, str]:
     """The native loop for a model, or None and why not."""
     from numfit.runtime.generate import why_not_native
     from numfit.runtime.native_decoder import build
 
+    if kv is not None:
+        return None, f"the native loop keeps a cache of its own, not {kv}"
     reason = why_not_native(model.generation_config)
     return (None, reason) if reason else build(model)
 

@@ -46,6 +46,18 @@ def logits_by_position(model: nn.Module, ids: Tensor, budget: int = LOGITS) -> I
             yield start, end, model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
 
 
+def logits_through_cache(model: nn.Module, ids: Tensor, cache: Any, chunk: int) -> Iterator[tuple[int, int, Tensor]]:
+    """As `logits_by_position`, but `chunk` tokens at a time, each seeing what came before it through a cache.
+
+    Args:
+        cache: an empty one of transformers' kind; it is filled.
+        chunk: tokens a pass; a pass's own tokens see each other as they are, whatever the cache does to them afterwards.
+    """
+    for start in range(0, ids.shape[1] - 1, chunk):
+        end = min(start + chunk, ids.shape[1] - 1)
+        yield start, end, model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True).logits
+
+
 @contextmanager
 def _remembered(decoder: nn.Module) -> Iterator[None]:
     """While inside, `decoder` computes once and returns that same output to every later call."""

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from numfit.errors import NumfitError, OptionError
+from numfit.evaluation.forward import logits_through_cache
 from numfit.evaluation.metrics import divergence, summarize_divergence, summarize_losses
 from numfit.evaluation.reference import Reference, as_text, check_directory, load_model, model_windows, release_memory
 from numfit.evaluation.scoring import dtype_name, score, scored_bytes
 from numfit.evaluation.sizes import bits_per_weight, model_bytes
+from numfit.kvcache import preset
 from numfit.runtime.modules import activations_in_use, kernels_in_use
 from numfit.threads import cpu_threads
 
@@ -40,6 +42,8 @@ def evaluate(
     progress: bool = True,
     noise_floor: bool = True,
     activations: str = "int8",
+    kv: str | None = None,
+    kv_chunk: int = 64,
 ) -> dict[str, Any]:
     """Measure one model, quantized by numfit or not.
 
@@ -58,6 +62,8 @@ def evaluate(
         progress: show progress on stderr.
         noise_floor: with a reference directory, also measure its self-noise floor.
         activations: what computes packed layers on a CPU, see numfit.load: what is measured is what runs.
+        kv: keep the model's keys and values encoded so (numfit.kvcache), and see the text through that cache.
+        kv_chunk: tokens a pass then; they see each other unencoded, so that a chunk as long as the context measures nothing.
 
     Returns:
         A dict that json.dumps takes. Always: model, windows, context, bos, tokens (scored), bytes (of their text), nll
@@ -74,11 +80,16 @@ def evaluate(
     dtype_name(dtype)
     if batch < 1:
         raise OptionError(f"batch {batch}: at least 1 window a forward pass is needed")
+    if kv_chunk < 1:
+        raise OptionError(f"--kv-chunk must be at least 1 token, not {kv_chunk}")
+    if kv is not None:
+        preset(kv)  # an unknown name is noticed before anything is loaded
+    how = (batch, progress, activations, kv, kv_chunk)
     if not isinstance(reference, Reference):
         windows, context = 8 if windows is None else windows, 1024 if context is None else context
         if reference is None:
             with cpu_threads(threads):
-                return _evaluate(model_dir, content, None, windows, context, dtype, device, batch, progress, activations)
+                return _evaluate(model_dir, content, None, windows, context, dtype, device, *how)
         check_directory(model_dir)  # noticed before the reference has run for minutes
         with (
             cpu_threads(threads),
@@ -87,7 +98,7 @@ def evaluate(
                 noise_floor=noise_floor, progress=progress,
             ) as shared,
         ):  # fmt: skip
-            return _evaluate(model_dir, content, shared, windows, context, dtype, device, batch, progress, activations)
+            return _evaluate(model_dir, content, shared, windows, context, dtype, device, *how)
     n, length = reference.windows.shape
     if (windows is not None and windows != n) or (context is not None and context != length):
         raise OptionError(
@@ -95,7 +106,7 @@ def evaluate(
             f"{context or length}: make a Reference with the same windows"
         )
     with cpu_threads(threads):
-        return _evaluate(model_dir, content, reference, n, length, dtype, device, batch, progress, activations)
+        return _evaluate(model_dir, content, reference, n, length, dtype, device, *how)
 
 
 def evaluate_many(
@@ -133,6 +144,8 @@ def _evaluate(
     batch: int,
     progress: bool,
     activations: str,
+    kv: str | None,
+    kv_chunk: int,
 ) -> dict[str, Any]:
     name, path = str(model_dir), Path(model_dir)
     begun = time.monotonic()
@@ -155,7 +168,20 @@ def _evaluate(
             kl, same = divergence(reference.read(window, begin, end, log_probs.device), log_probs)
             parts[window, begin] = kl.cpu(), same.cpu()
 
-        losses = score(model, ids, compare, name=path.name or name, batch=batch, progress=progress)
+        caches: list[Any] = []  # the last one
+
+        def through_cache(model: Any, ids: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+            caches[:] = [QuantizedCache(model.config, str(kv))]
+            return logits_through_cache(model, ids, caches[0], kv_chunk)
+
+        label = path.name or name
+        if kv is None:
+            losses = score(model, ids, compare, name=label, batch=batch, progress=progress)
+        else:
+            from numfit.kvcache import QuantizedCache, packed_attention
+
+            with packed_attention(model):
+                losses = score(model, ids, compare, name=label, batch=batch, progress=progress, forward=through_cache)
         size = scored_bytes(tokenizer, ids)
         computed_in = str(model.dtype).removeprefix("torch.")
         kernels, activations = kernels_in_use(model), activations_in_use(model)
@@ -178,6 +204,8 @@ def _evaluate(
         "load_seconds": loaded - begun,
         "seconds": time.monotonic() - loaded,
     }
+    if kv is not None:
+        result |= {"kv": kv, "kv_chunk": kv_chunk, "kv_memory": caches[0].memory()}
     if reference is not None:
         order = sorted(parts)
         kl = torch.cat([parts[k][0] for k in order])

@@ -17,6 +17,8 @@ from numfit.runtime.loading import DTYPES
 
 # (window, first position, end position, log-probabilities fp32 [end - first, V])
 Sink = Callable[[int, int, int, Tensor], None]
+# (model, ids [batch, context]) → (first position, end position, logits [batch, end - first, V]), in order
+Forward = Callable[[nn.Module, Tensor], Iterator[tuple[int, int, Tensor]]]
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -27,7 +29,8 @@ def dtype_name(dtype: str | torch.dtype) -> str:
     return name
 
 
-def score(model: nn.Module, windows: Tensor, sink: Sink, *, name: str, batch: int = 1, progress: bool = True) -> Tensor:
+def score(model: nn.Module, windows: Tensor, sink: Sink, *, name: str, batch: int = 1, progress: bool = True,
+          forward: Forward = logits_by_position) -> Tensor:  # fmt: skip
     """Loss of every position but the first of each window.
 
     Args:
@@ -37,6 +40,7 @@ def score(model: nn.Module, windows: Tensor, sink: Sink, *, name: str, batch: in
         name: what to call the model in messages.
         batch: windows a forward pass.
         progress: show a bar (a line now and then where stderr is no terminal).
+        forward: what runs the model on one batch of windows.
 
     Returns:
         -log p in nats, fp32 [n, context - 1], on the CPU.
@@ -51,7 +55,7 @@ def score(model: nn.Module, windows: Tensor, sink: Sink, *, name: str, batch: in
     with torch.inference_mode():
         for first in _told(starts, n, f"{name}: windows", progress):
             ids = windows[first : first + batch].to(device)  # [batch, context]
-            for begin, end, logits in logits_by_position(model, ids):
+            for begin, end, logits in forward(model, ids):
                 for row in range(ids.shape[0]):
                     _check(logits[row], name, first + row)
                     loss, log_probs = next_token_losses(logits[row], ids[row, begin + 1 : end + 1])

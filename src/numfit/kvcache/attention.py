@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,8 +54,7 @@ class View:
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Runs of positions in which neither keys nor values cross a cut."""
         cuts = {*self.keys.cuts(), *self.values.cuts(), *range(self.past, self.length, _PLAIN), self.length}
-        ordered = sorted(cuts)
-        return ((a, b) for a, b in zip(ordered, ordered[1:]))
+        return pairwise(sorted(cuts))
 
     def materialize(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All keys and values [B, H, length, D], decoded: what models get whose attention does not know this cache."""
@@ -63,9 +63,8 @@ class View:
 
 def _materialize(tokens: Snapshot, new: Tensor, dtype: torch.dtype) -> Tensor:
     matrix = tokens.stream.basis(tokens.dim, new.device)
-    cuts = tokens.cuts()
     parts = []
-    for a, b in zip(cuts, cuts[1:]):
+    for a, b in pairwise(tokens.cuts()):
         if a == b:
             continue
         x = tokens.read(a, b)

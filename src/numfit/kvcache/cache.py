@@ -1,7 +1,7 @@
 """The quantized cache as transformers knows caches, and attention over it. Imported only where transformers is used.
 
-`QuantizedCache` is passed as `past_key_values` to a model or to `generate`. By itself it decodes everything for every step, which
-any attention understands; inside `packed_attention(model)` the model's attention function is numfit's own, reached by
+`QuantizedCache` is passed as `past_key_values` to a model or to `generate`. By itself it decodes everything for every step,
+which any attention understands; inside `packed_attention(model)` the model's attention function is numfit's own, reached by
 transformers' registry of them, and reads the packed cache block by block.
 
 A pass's own tokens are attended to as they are and join the cache behind it: a prompt taken at once is computed in full
@@ -167,7 +167,9 @@ class QuantizedCache(Cache):
         pair = (_stream(key, pair[0]), _stream(value, pair[1]))
         plain = DynamicCache(config=config).layers
         full = [i for i, layer in enumerate(plain) if type(layer) is DynamicLayer]
-        chosen: dict[int, tuple[Stream, Stream] | None] = {i: pair for i in full[skip_first : len(full) - skip_last]}
+        chosen: dict[int, tuple[Stream, Stream] | None] = dict.fromkeys(
+            full[skip_first : len(full) - skip_last], pair
+        )
         for index, what in (per_layer or {}).items():
             if index not in full:
                 raise OptionError(f"layer {index} has no cache that can be encoded; those that have are {full}")
@@ -188,9 +190,9 @@ class QuantizedCache(Cache):
         """Bytes of the encoded layers.
 
         Returns:
-            packed: codes; metadata: scales, offsets, types, means; residual: sinks and the tail as they came; idle: allocated for
-            tokens to come; plain: other layers; equivalent: the encoded layers' tokens in 16 bits; tokens; bits_per_value of
-            what is encoded, and resident_bits of everything the encoded layers keep.
+            packed: codes; metadata: scales, offsets, types, means; residual: sinks and the tail as they came; idle: allocated
+            for tokens to come; plain: other layers; equivalent: the encoded layers' tokens in 16 bits; tokens; bits_per_value
+            of what is encoded, and resident_bits of everything the encoded layers keep.
         """
         out: dict[str, Any] = {"packed": 0, "metadata": 0, "residual": 0, "idle": 0, "plain": 0, "equivalent": 0, "tokens": 0}
         encoded = values = 0

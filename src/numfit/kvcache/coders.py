@@ -196,7 +196,8 @@ class Octahedral:
             raise OptionError(f"octahedral codes have 2 to 6 bits, not {self.bits}")
 
     def planes(self, n: int) -> dict[str, PlaneSpec]:
-        return {"codes": PlaneSpec(torch.uint8, packed_bytes(-(-n // 3), 3 * self.bits + 1)), "scale": PlaneSpec(torch.float16, 1)}
+        words = packed_bytes(-(-n // 3), 3 * self.bits + 1)
+        return {"codes": PlaneSpec(torch.uint8, words), "scale": PlaneSpec(torch.float16, 1)}
 
     def encode(self, x: Tensor) -> Planes:
         scale = _rms(x)

@@ -29,7 +29,7 @@ PRESETS: dict[str, tuple[str, str, str]] = {
     "kv4": ("asym4-g128/channel", "asym4-g64", "4.25 and 4.5 bits: the default"),
     "kv4-rot": ("tq4+centred", "tq4", "rotated Lloyd-Max, every token alone"),
     "kv3": ("asym3-g128/channel", "tq3", "3.25 bits"),
-    "mant4": ("mant4-paper3", "mant4-paper3/channel", "M-ANT as published: keys per token, values over time, types by variance"),
+    "mant4": ("mant4-paper3", "mant4-paper3/channel", "M-ANT as published: types by variance"),
     "mant4+": ("mant4-search8+centred", "mant4-search8/channel", "M-ANT with centred keys and types by search"),
 }
 _GRAMMAR = "names read type[/channel][+centred|+permuted|+outliers0.01|+haar|+hadamard|+plain|+unbiased|+seedN]"

@@ -137,7 +137,8 @@ class Store:
             where = f"{self.where}, position {self.sink + self.count}"
             planes = encode(self.stream, self.tail[:, :, done : done + n], self.const, where)
             if first == 0:
-                self.blocks.append({k: p.new_empty((*p.shape[:2], size // self.stream.unit, *p.shape[3:])) for k, p in planes.items()})
+                rows_of_block = size // self.stream.unit
+                self.blocks.append({k: p.new_empty((*p.shape[:2], rows_of_block, *p.shape[3:])) for k, p in planes.items()})
             rows = slice(first // self.stream.unit, (first + n) // self.stream.unit)
             for name, plane in planes.items():
                 self.blocks[-1][name][:, :, rows] = plane

@@ -109,7 +109,7 @@ def constants(stream: Stream, first: Tensor) -> Constants:
         x = x - mean.float().unsqueeze(2)
     if stream.permuted:
         spread = x.amax(2) - x.amin(2) if stream.centred else x.abs().amax(2)
-        out["order"] = spread.argsort(-1, stable=True).to(torch.int16)
+        out["order"] = spread.argsort(stable=True, dim=-1).to(torch.int16)
     return out
 
 

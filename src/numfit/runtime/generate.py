@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ NEUTRAL: dict[str, Any] = {
 class Generated:
     """What came out: `text` without prompt and special tokens, counts in tokens, `seconds` of generating.
 
-    `prompt_seconds` of them passed until the first new token was there.
+    `prompt_seconds` of them passed until the first new token was there. `cache`: what `QuantizedCache.memory` says at the end,
+    where there was one.
     """
 
     text: str
@@ -43,6 +45,7 @@ class Generated:
     new_tokens: int
     seconds: float
     prompt_seconds: float
+    cache: dict[str, Any] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -72,6 +75,7 @@ def generate(
     raw: bool = False,
     on_text: Callable[[str], None] | None = None,
     decoder: NativeDecoder | None = None,
+    kv: str | None = None,
 ) -> Generated:
     """Continue a prompt.
 
@@ -85,6 +89,7 @@ def generate(
         raw: continue the prompt as it stands.
         on_text: is called with each new piece of text.
         decoder: the model's own, from `native_decoder.build`; None runs transformers' loop. The tokens are the same.
+        kv: keep keys and values encoded so (a preset of numfit.kvcache, "kv4" for one); not with a decoder, which has its own.
 
     Raises:
         OptionError: an empty prompt, or a number out of its range.
@@ -99,18 +104,27 @@ def generate(
         raise OptionError(f"top_p must be above 0 and at most 1, not {top_p}")
     if top_p < 1 and temperature == 0:
         raise OptionError("top_p has no effect without a temperature; give one, for instance --temperature 0.8")
+    if kv is not None and decoder is not None:
+        raise OptionError("the native decoder keeps its own cache; pass decoder=None to use another with kv=")
     streamer = _Clock(_streamer(tokenizer, on_text))
     inputs = encode_prompt(tokenizer, prompt, raw=raw).to(model.device)
     if seed is not None:
         torch.manual_seed(seed)
     prompt_tokens = inputs["input_ids"].shape[1]
-    with torch.inference_mode():
+    cache = None
+    with torch.inference_mode(), ExitStack() as around:
         if decoder is not None:
             new = _native(decoder, model.generation_config, inputs["input_ids"], max_tokens, temperature, top_p, streamer)
         else:
             sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             if temperature > 0:
                 sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+            if kv is not None:
+                from numfit.kvcache import QuantizedCache, packed_attention
+
+                cache = QuantizedCache(model.config, kv)
+                around.enter_context(packed_attention(model))
+                sampling |= {"past_key_values": cache, "cache_implementation": None}
             out = model.generate(
                 **inputs,
                 **sampling,
@@ -120,7 +134,8 @@ def generate(
             )
             new = out[0, prompt_tokens:].tolist()
     text = tokenizer.decode(new, skip_special_tokens=True)
-    return Generated(text, prompt_tokens, len(new), streamer.seconds, streamer.first)
+    memory = None if cache is None else cache.memory()
+    return Generated(text, prompt_tokens, len(new), streamer.seconds, streamer.first, memory)
 
 
 def why_not_native(generation_config: Any) -> str | None:
