@@ -49,7 +49,8 @@ def row_bytes(coder: Coder, n: int) -> int:
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:
-    """[..., n] → [..., groups, group]; a short last group repeats its last value, which changes neither end nor mean bound."""
+    """[..., n] → [..., groups, group]; a group larger than the row is the row, and a short last group repeats its last value, which changes neither end nor mean bound."""
+    group = min(group, x.shape[-1])
     short = -x.shape[-1] % group
     if short:
         x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], short)], -1)
@@ -124,8 +125,8 @@ class LloydMax:
 
     Attributes:
         levels: of the table; 3, 5, 10 and other numbers that are no power of two share words (digits.py).
-        norm: "plain": x̂ = rms · table[code]; "renorm": x̂ gets the exact length of x (the stored number is the same);
-            "unbiased": the stored number is such that ⟨x̂, x⟩ = |x|², which makes inner products with x̂ unbiased over rotations.
+        norm: what the stored number is, so that x̂ = number · table[code]. "plain": the rms of x; "renorm": x̂ gets the length of
+            x; "unbiased": ⟨x̂, x⟩ = |x|², which makes inner products with x̂ unbiased over rotations.
     """
 
     levels: int
@@ -145,18 +146,15 @@ class LloydMax:
         u = _unit(x, rms)
         codes = torch.bucketize(u, (table[1:] + table[:-1]) / 2, out_int32=True)
         scale = rms
-        if self.norm == "unbiased":
-            along = (u.double() * table[codes].double()).mean(-1, keepdim=True)
+        if self.norm != "plain":
+            y = table[codes].double()
+            along = y.square().mean(-1, keepdim=True).sqrt() if self.norm == "renorm" else (u.double() * y).mean(-1, keepdim=True)
             scale = torch.where(along > 0, rms / along, rms).float()
         return {"codes": pack_digits(codes, self.levels), "scale": scale.half()}
 
     def decode(self, planes: Planes, n: int) -> Tensor:
         table = codebook.sphere(self.levels, n).to(planes["codes"].device)
-        y = table[unpack_digits(planes["codes"], self.levels, n).int()]
-        scale = planes["scale"].float()
-        if self.norm == "renorm":
-            scale = scale / y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
-        return y * scale
+        return table[unpack_digits(planes["codes"], self.levels, n).int()] * planes["scale"].float()
 
 
 @dataclass(frozen=True)

@@ -53,27 +53,30 @@ class Typed:
                 "with scales and members per block, such as mant4-g64 or nf4-g64"
             )
 
-    def _shape(self, planes: Planes, n: int) -> tuple[int, ...]:
-        return (*planes["codes"].shape[:-1], n)
+    def at(self, n: int) -> Format:
+        """The format for rows of n values: a block larger than the row is the row."""
+        block, unit = self.format.block, self.format.unit
+        if not isinstance(block, int) or block <= n:
+            return self.format
+        return replace(self.format, block=n, unit=min(unit, n) if isinstance(unit, int) else unit)
 
     def planes(self, n: int) -> dict[str, PlaneSpec]:
-        specs = self.format.planes((1, n))
+        specs = self.at(n).planes((1, n))
         return {name: PlaneSpec(spec.dtype, spec.shape[-1]) for name, spec in specs.items()}
 
     def params(self, flat: Tensor) -> Params:
         """Parameters of rows [R, n] fp32."""
-        return fit(self.format, flat, None, self.rule)
+        return fit(self.at(flat.shape[1]), flat, None, self.rule)
 
     def encode(self, x: Tensor) -> Planes:
-        n = x.shape[-1]
-        flat = x.reshape(-1, n)
+        fmt, flat = self.at(x.shape[-1]), x.reshape(-1, x.shape[-1])
         params = self.params(flat)
-        packed = pack(self.format, tuple(x.shape), encode(self.format, flat, params), params)
+        packed = pack(fmt, tuple(x.shape), encode(fmt, flat, params), params)
         return {name: p.unsqueeze(-1) if name == "parent" else p for name, p in packed.planes.items()}
 
     def decode(self, planes: Planes, n: int) -> Tensor:
         planes = {name: p.squeeze(-1) if name == "parent" else p for name, p in planes.items()}
-        return QuantizedTensor(self.format, self._shape(planes, n), planes).dequantize()
+        return QuantizedTensor(self.at(n), (*planes["codes"].shape[:-1], n), planes).dequantize()
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Varied(Typed):
 
     def params(self, flat: Tensor) -> Params:
         rows, n = flat.shape
-        block = self.format.geometry(n).block
+        block = self.at(n).geometry(n).block
         short = -n % block
         x = torch.nn.functional.pad(flat, (0, short)).view(rows, -1, block)
         count = torch.full((x.shape[1],), float(block), dtype=torch.float64, device=flat.device)
