@@ -53,6 +53,7 @@ def test_every_architecture_ends_as_a_model_that_runs(kind: str, tmp_path: Path)
     near = (logits(model) - logits(reference)).norm() / logits(reference).norm()
     assert near < 0.5  # a random model of four bits; without the codes it would be 1 and more
     assert not any("without statistics" in note for note in result["warnings"])
+    assert result["spent"]["statistics"] > 0 and result["spent"]["solving"] > 0
 
 
 @pytest.mark.parametrize("solver", ["nearest", "gptq", "gptq+alternate+descent"])
@@ -249,7 +250,7 @@ def test_an_overflowing_model_is_refused(tmp_path: Path) -> None:
         ({"recipe": "quality"}, "recipe 'quality' works on what a text does"),
         ({"calibration": TEXT, "solver": "magic"}, "unknown solver step 'magic'"),
         ({"calibration": TEXT, "propagate": "both"}, "--propagate is original or quantized"),
-        ({"calibration": TEXT, "reconstruct": "magic"}, "--reconstruct is none"),
+        ({"calibration": TEXT, "reconstruct": "magic"}, "--reconstruct is one of none"),
         ({"calibration": TEXT, "recipe": "nothing"}, "neither one of fast, balanced"),
         ({"calibration": TEXT, "damp": 0.0}, "--damp is a positive share"),
         ({"calibration": Path("no such file.txt")}, "does not exist"),

@@ -105,4 +105,6 @@ def run(args: argparse.Namespace) -> int:
         f"{result['out']}: {result['file_bytes'] / 1e6:.2f} MB of weights in {duration(result['seconds'])}, "
         f"peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB{resumed}"
     )
+    if result["spent"]:
+        print("of which " + ", ".join(f"{part} {duration(seconds)}" for part, seconds in result["spent"].items() if seconds))
     return 0

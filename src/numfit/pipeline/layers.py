@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,14 @@ class Results:
         self.errors: dict[str, float] = {}
         self.notes: list[str] = []
         self.tokens = 0
+        self.seconds = {"statistics": 0.0, "solving": 0.0, "learning": 0.0}  # of this run
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the time inside as that of a part."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] += time.monotonic() - started
 
     @property
     def account(self) -> dict[str, Any]:
@@ -206,20 +216,27 @@ class Walk:
         mine = [self.planned[name] for name in tensors if self.planned[name].format is not None]
         blocks.install(k, tensors)
         names = {tensor.name for tensor in mine}
-        statistics = self._statistics(k, names, last)
+        timed = self.results.timed
+        with timed("statistics"):
+            statistics = self._statistics(k, names, last)
         notes: list[str] = []
         rewritten: dict[str, Tensor] = {}
         if self.parts.transform != "none":
-            rewritten = self._transform(k, tensors, statistics)
+            with timed("solving"):
+                rewritten = self._transform(k, tensors, statistics)
             tensors |= rewritten
             blocks.install(k, tensors)
-            statistics = self._gather(k, names)
+            with timed("statistics"):
+                statistics = self._gather(k, names)
         if self.parts.reconstruct == "progressive":
-            solved = self._in_turn(k, mine, tensors, statistics, notes)
+            with timed("learning"):
+                solved = self._in_turn(k, mine, tensors, statistics, notes)
         else:
-            solved = self._solve(k, mine, tensors, statistics, notes)
+            with timed("solving"):
+                solved = self._solve(k, mine, tensors, statistics, notes)
             if self.parts.reconstruct != "none":
-                solved = learn(self._runner(k), solved, *self._inputs_and_targets(k), self.parts)
+                with timed("learning"):
+                    solved = learn(self._runner(k), solved, *self._inputs_and_targets(k), self.parts)
         planes: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         effective: dict[str, Tensor] = {}
@@ -239,7 +256,8 @@ class Walk:
         if not last:
             if self.quantized is not None:
                 blocks.install(k, {**tensors, **effective})
-                self._forward(k, self.quantized)
+                with timed("statistics"):
+                    self._forward(k, self.quantized)
             seals = {stream.name: stream.seal(k + 1) for stream in self.streams}
         blocks.release(k)
         self.results.save(k, planes, {"errors": errors, "rewritten": list(kept), "notes": notes, "streams": seals})

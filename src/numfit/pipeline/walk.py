@@ -82,8 +82,8 @@ def quantize(
         parts: fields of `recipe.Parts`, each of which wins over the recipe.
 
     Returns:
-        {"status": "written" or "already there", "out", "tensors", "kept", "resumed", "seconds", "peak_memory_bytes",
-        "file_bytes", "totals": see `Plan.totals`, "worst": [[tensor, relative squared error], …], "warnings"}.
+        {"status": "written" or "already there", "out", "tensors", "kept", "resumed", "seconds", "spent": of a calibrated
+        run, seconds by part, "peak_memory_bytes", "file_bytes", "totals": see `Plan.totals`, "worst": [[tensor, relative squared error], …], "warnings"}.
 
     Raises:
         CheckpointError: the source is damaged or holds NaN or Inf, or the output cannot be written.
@@ -119,7 +119,7 @@ def _carry_out(source: Source, plan: Plan, out: str | Path, progress: bool, task
         "source": _fingerprint(source, progress),
     }
     partial = out.with_name(f"{out.name}.partial")
-    resumed = 0
+    resumed, spent = 0, dict[str, float]()
     with _write_errors(out, partial):
         if already_there(out, identity):
             status = "already there"
@@ -130,7 +130,7 @@ def _carry_out(source: Source, plan: Plan, out: str | Path, progress: bool, task
             status = "written"
             with unfinished.locked(partial):
                 unfinished.check_identity(partial, identity)
-                resumed = _walk(source, plan, identity, partial, progress, task)
+                resumed, spent = _walk(source, plan, identity, partial, progress, task)
                 os.rename(partial / unfinished.STAGE, out)
                 unfinished.remove(partial)
     manifest = read_manifest(out)
@@ -142,6 +142,7 @@ def _carry_out(source: Source, plan: Plan, out: str | Path, progress: bool, task
         "kept": len(plan.kept),
         "resumed": resumed,
         "seconds": round(time.monotonic() - started, 3),
+        "spent": {part: round(seconds, 3) for part, seconds in spent.items()},
         "peak_memory_bytes": peak_bytes(),
         "file_bytes": plan.file_bytes,
         "totals": plan.totals(),
@@ -183,8 +184,12 @@ def _write_errors(out: Path, partial: Path) -> Iterator[None]:
 
 def _walk(
     source: Source, plan: Plan, identity: dict[str, Any], partial: Path, shown: bool, task: Calibration | None
-) -> int:
-    """Fill `partial`'s stage with the finished checkpoint; returns how many tensors an earlier run had done."""
+) -> tuple[int, dict[str, float]]:
+    """Fill `partial`'s stage with the finished checkpoint.
+
+    Returns:
+        How many tensors an earlier run had done, and the seconds that parts of a calibrated run took.
+    """
     solved = solve_layers(source, plan, task, partial, shown) if task else None
     stage = partial / unfinished.STAGE
     stage.mkdir(exist_ok=True)
@@ -210,7 +215,7 @@ def _walk(
     finally:
         journal.close()
     finish(source, plan, identity, stage, {record.tensor: record for record in records}, solved.account if solved else None)
-    return len(found.records)
+    return len(found.records), solved.seconds if solved else {}
 
 
 def _check_space(stage: Path, plan: Plan) -> None:
