@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from numfit.errors import FormatError
-from numfit.formats.rotation import Rotation, factors, rotate, rotate_importance, signs, splitmix64, unrotate
+from numfit.formats.rotation import (
+    Rotation,
+    factors,
+    rotate,
+    rotate_importance,
+    signs,
+    splitmix64,
+    turn_native,
+    turn_reference,
+    unrotate,
+)
+from numfit.native import isa, isa_names, library, set_isa
 
 SIZES = (1, 2, 3, 8, 9, 12, 64, 96, 136, 257, 576, 896, 1000, 1536, 4096)
 
@@ -134,3 +145,51 @@ def test_bad_sizes_and_seeds() -> None:
         Rotation(-1)
     with pytest.raises(FormatError, match="of the kind hadamard"):
         Rotation(0, "dct")
+
+
+# -- the compiled function -------------------------------------------------------------------------------------------------
+
+needs_kernels = pytest.mark.skipif(library() is None, reason="the kernels were not built: no compiler at install")
+
+
+@needs_kernels
+@pytest.mark.parametrize("k", [*SIZES, 16, 24, 32, 48, 128, 144, 256, 512, 1024, 2048, 4864, 8192, 11008, 14336])
+@pytest.mark.parametrize("back", [False, True])
+def test_native_bits(k: int, back: bool) -> None:
+    """Every instruction set, both directions: the reference's bits; zeros, large and tiny numbers among them."""
+    g = torch.Generator().manual_seed(k)
+    x = torch.randn((5, k), generator=g)
+    x[1] *= 1e30
+    x[2] *= 1e-30
+    x[3, ::2] = 0
+    x[4] = 0
+    want = turn_reference(x, Rotation(4), back)
+    best = isa()
+    try:
+        for name in isa_names():
+            set_isa(name)
+            assert torch.equal(turn_native(x, Rotation(4), back), want), name
+    finally:
+        set_isa(best or "portable")
+    short = x.bfloat16()
+    assert torch.equal(turn_native(short, Rotation(4), back), turn_reference(short.float(), Rotation(4), back))
+
+
+@needs_kernels
+def test_native_threads_and_many_rows() -> None:
+    x = torch.randn((333, 576), generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(turn_native(x, Rotation(), False), turn_reference(x, Rotation(), False))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_not_a_number_stays_in_its_row() -> None:
+    x = torch.ones(3, 64)
+    x[1, 5] = torch.nan
+    y = rotate(x, Rotation())
+    assert bool(y[1].isnan().all()) and bool(y[0].isfinite().all()) and torch.equal(y[0], y[2])

@@ -11,12 +11,15 @@ The arithmetic is fp32 in a fixed order of elementwise steps, so that results ar
     2. seen as [m, n]: butterflies (u, v) → (u + v, u − v) over columns h apart, for h = 1, 2, 4 … n/2;
     3. y_c = Σ_a D[c, a]·x_a over the m rows, a ascending, each product and each sum rounded; D = fp32 of C_m / √n.
 The inverse runs backwards with Dᵀ: 3. (sums over c ascending), 2. the same butterflies, 1. the signs.
-fp64 inputs are computed in fp64 with the same constants. (QuIP#, QuaRot and SpinQuant introduced such rotations for weights.)
+fp64 inputs are computed in fp64 with the same constants. On a CPU a compiled function (kernels/cpu/rotate.h) does the same steps;
+`turn_reference` is what it is tested against, bit by bit. (QuIP#, QuaRot and SpinQuant introduced such rotations for weights.)
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,7 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numfit.errors import FormatError
+from numfit.errors import FormatError, NumfitError
+from numfit.native import ERROR_BYTES, declare, library
+
+declare("nf_rotate", c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int, c_void_p, c_char_p)
 
 KINDS = ("hadamard",)
 MAX_ODD = 512  # the odd factor of K costs so many multiplications an element
@@ -127,8 +133,8 @@ def _mix(x: Tensor, d: Tensor) -> Tensor:
     return out
 
 
-def _turn_rows(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
-    """The reference: x [r, K] fp32 or fp64."""
+def turn_reference(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
+    """The steps in PyTorch: x [r, K] fp32 or fp64, `back` for the inverse."""
     m, n = factors(x.shape[1])
     s, d = _on(_signs(x.shape[1], rotation.seed), x), _on(_mixing(x.shape[1]), x)
     if back:
@@ -138,13 +144,35 @@ def _turn_rows(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
     return _mix(y, d).reshape(x.shape)
 
 
+def turn_native(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
+    """The same bits by the compiled function: x [r, K] fp32 or bf16 on a CPU, contiguous → fp32.
+
+    Raises:
+        NumfitError: not enough memory.
+    """
+    lib = library()
+    assert lib is not None
+    rows, k = x.shape
+    s, d = _signs(k, rotation.seed), _mixing(k)
+    out = torch.empty((rows, k), dtype=torch.float32)
+    error = ctypes.create_string_buffer(ERROR_BYTES)
+    lib.nf_set_threads(torch.get_num_threads())
+    kind = int(x.dtype == torch.bfloat16)
+    if lib.nf_rotate(x.data_ptr(), kind, rows, k, s.data_ptr(), d.data_ptr(), len(d), back, out.data_ptr(), error):
+        raise NumfitError(error.value.decode())
+    return out
+
+
 def _turn(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
     k = x.shape[-1]
     factors(k)
     flat = x.detach().reshape(-1, k)
-    flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+    if x.device.type == "cpu" and x.dtype != torch.float64 and library() is not None:
+        short = flat if flat.dtype in (torch.float32, torch.bfloat16) else flat.float()
+        return turn_native(short.contiguous(), rotation, back).to(x.dtype).view(x.shape)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
     step = max(1, _CHUNK // k) if x.device.type == "cpu" else max(1, len(flat))
-    parts = [_turn_rows(flat[i : i + step], rotation, back) for i in range(0, len(flat), step)]
+    parts = [turn_reference(flat[i : i + step], rotation, back) for i in range(0, len(flat), step)]
     out = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else flat.clone()
     return out.to(x.dtype).view(x.shape)
 

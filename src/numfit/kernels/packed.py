@@ -21,6 +21,7 @@ from numfit.formats.packing import pack_bits, unpack_bits
 from numfit.formats.params import family
 from numfit.formats.scale import STORES, from_word, to_word, word_dtype
 from numfit.kernels import trellis
+from numfit.kernels.side import SideTerms
 from numfit.native import ERROR_BYTES, Matrix, library
 
 ACTIVATIONS = ("int8", "exact")  # positions are the modes of nf_apply
@@ -39,13 +40,17 @@ class PackedLinear:
             process: a number that is drawn once in a lifetime is missed then, where an address would be followed.
         kernel: what decodes it, in words.
         rounding: largest difference between an int8 level and the format's, over the largest level; 0 where levels are exact.
+        side: side terms of the format, or None; `handle` is the base's matrix then.
     """
 
-    def __init__(self, fmt: Format, shape: tuple[int, int], handle: int, kept: dict[str, Tensor]) -> None:
+    def __init__(
+        self, fmt: Format, shape: tuple[int, int], handle: int, kept: dict[str, Tensor], side: SideTerms | None = None
+    ) -> None:
         lib = library()
         assert lib is not None
         self.format, self.shape, self.handle, self._kept, self._lib = fmt, shape, handle, kept, lib
-        self.kernel: str = lib.nf_linear_kernel(handle).decode()
+        self.side = side
+        self.kernel: str = lib.nf_linear_kernel(handle).decode() + (f", {side.kernel}" if side else "")
         self.rounding = float(lib.nf_linear_rounding(handle))
         self.key = secrets.randbits(62)
         _living[self.key] = self
@@ -66,21 +71,21 @@ class PackedLinear:
             raise OptionError(f"kernels take matrices [N, K], not a weight of shape {tuple(weight.shape)}")
         if weight.planes["codes"].device.type != "cpu":
             raise OptionError(f"the CPU kernels cannot use a weight on '{weight.planes['codes'].device}'; move it to the CPU")
-        if weight.format.side:
-            raise FormatError(f"{weight.format.name} has no CPU kernel: it has side terms")
+        weight = QuantizedTensor.from_planes(weight.format, weight.shape, weight.planes)
+        side = SideTerms(weight) if weight.format.side else None
+        n, k = weight.shape
         if weight.format.trellis is not None:
-            whole = QuantizedTensor.from_planes(weight.format, weight.shape, weight.planes)
-            n, k = whole.shape
-            handle = trellis.repack(weight.format.trellis, (n, k), whole.planes["codes"], whole.planes["scale"].view(-1))
-            return PackedLinear(weight.format, (n, k), handle, {"scale": whole.planes["scale"]})
-        matrix, alive, kept = _matrix(QuantizedTensor.from_planes(weight.format, weight.shape, weight.planes))
+            scale = weight.planes["scale"]
+            handle = trellis.repack(weight.format.trellis, (n, k), weight.planes["codes"], scale.view(-1))
+            return PackedLinear(weight.format, (n, k), handle, {"scale": scale}, side)
+        matrix, alive, kept = _matrix(weight.base())
         error = ctypes.create_string_buffer(ERROR_BYTES)
         lib.nf_set_threads(torch.get_num_threads())
         handle = lib.nf_repack(ctypes.byref(matrix), error)
         del alive
         if not handle:
             raise FormatError(f"{weight.format.name} has no CPU kernel for {tuple(weight.shape)}: {error.value.decode()}")
-        return PackedLinear(weight.format, (weight.shape[0], weight.shape[1]), handle, kept)
+        return PackedLinear(weight.format, (n, k), handle, kept, side)
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -95,7 +100,8 @@ class PackedLinear:
     @property
     def nbytes(self) -> int:
         """Bytes that it holds in memory."""
-        return int(self._lib.nf_linear_bytes(self.handle)) + sum(plane.nbytes for plane in self._kept.values())
+        beside = sum(plane.nbytes for plane in self._kept.values()) + (self.side.nbytes if self.side else 0)
+        return int(self._lib.nf_linear_bytes(self.handle)) + beside
 
     @property
     def huge_pages(self) -> bool:
@@ -109,7 +115,7 @@ class PackedLinear:
             x: [..., K] on the CPU, any float type.
             bias: [N].
             activations: "int8" quantizes x on the fly, a scale per token and group of at most 64 columns; "exact" does not.
-                A token with NaN or Inf gets NaN results.
+                Inputs are rotated before, where the format says so. A token with NaN or Inf gets NaN results.
 
         Returns:
             [..., N] in the type of `x`; sums are fp32.
@@ -151,10 +157,10 @@ class PackedLinear:
 
     def unpack(self) -> QuantizedTensor:
         """The planes as the file had them."""
-        fmt, (n, k) = self.format, self.shape
+        fmt, (n, k) = self.format.base, self.shape
         if fmt.trellis is not None:
             planes = {"codes": trellis.unpack(fmt.trellis, self.shape, self.handle), **self._kept}
-            return QuantizedTensor.from_planes(fmt, self.shape, planes)
+            return QuantizedTensor.from_planes(self.format, self.shape, planes | (self.side.planes() if self.side else {}))
         g = fmt.geometry(k)
         specs = fmt.planes((n, k))
         codes = torch.empty(specs["codes"].shape, dtype=torch.uint8)
@@ -185,7 +191,8 @@ class PackedLinear:
             planes["member"] = pack_bits(member, fmt.member_bits)
         if zero is not None:
             planes["zero"] = pack_bits(zero, fmt.bits)
-        return QuantizedTensor.from_planes(fmt, self.shape, {name: planes[name].reshape(specs[name].shape) for name in specs})
+        found = {name: planes[name].reshape(specs[name].shape) for name in specs}
+        return QuantizedTensor.from_planes(self.format, self.shape, found | (self.side.planes() if self.side else {}))
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -267,6 +274,8 @@ def _find(key: int, rows: int | None, columns: int) -> PackedLinear:
 
 def _linear(x: Tensor, key: int, rows: int, bias: Tensor | None, exact: bool) -> Tensor:
     packed = _find(key, rows, x.shape[-1])
+    if packed.side is not None:
+        return _linear_with_side(packed, packed.side, x, bias, exact)
     half = x.dtype == torch.bfloat16
     flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16 if half else torch.float32).contiguous()
     bias = None if bias is None else bias.float().expand(rows).contiguous()
@@ -281,6 +290,26 @@ def _linear(x: Tensor, key: int, rows: int, bias: Tensor | None, exact: bool) ->
     return out.view(*x.shape[:-1], rows).to(x.dtype)
 
 
+def _linear_with_side(packed: PackedLinear, side: SideTerms, x: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
+    rows, columns = packed.shape
+    flat = x.reshape(-1, columns).to(torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32).contiguous()
+    bias = None if bias is None else bias.float().expand(rows).contiguous()
+    out = torch.empty((len(flat), rows), dtype=x.dtype)
+    error = ctypes.create_string_buffer(ERROR_BYTES)
+    step = max(16, CHUNK // max(rows, columns))
+    for part, into in zip(flat.split(step), out.split(step), strict=True):
+        turned = side.inputs(part)
+        y = into if into.dtype == torch.float32 else torch.empty(into.shape, dtype=torch.float32)
+        if packed._lib.nf_apply(
+            packed.handle, turned.data_ptr(), len(turned), columns, y.data_ptr(), rows, _address(bias), exact, error
+        ):
+            raise OptionError(error.value.decode())
+        side.add(turned, y)
+        if y is not into:
+            into.copy_(y)
+    return out.view(*x.shape[:-1], rows)
+
+
 def _rows(index: Tensor, key: int, columns: int) -> Tensor:
     packed = _find(key, None, columns)
     index = index.contiguous()
@@ -288,7 +317,7 @@ def _rows(index: Tensor, key: int, columns: int) -> Tensor:
     error = ctypes.create_string_buffer(ERROR_BYTES)
     if packed._lib.nf_gather(packed.handle, index.data_ptr(), len(index), out.data_ptr(), error):
         raise OptionError(error.value.decode())
-    return out
+    return out if packed.side is None else packed.side.rows(index, out)
 
 
 _operators.impl("linear", _linear, "CPU")

@@ -309,6 +309,9 @@ class _Builder:
             if any(isinstance(piece, QuantizedTensor) for piece in pieces):
                 why = next(iter(packed.refused.values()), "the reference path was asked for")
                 raise Unsupported(f"'{packed.pieces[0].source}' is not in the layout of the CPU kernels: {why}")
+            turned = next((piece for piece in pieces if not isinstance(piece, Tensor) and piece.side is not None), None)
+            if turned is not None:
+                raise Unsupported(f"'{packed.pieces[0].source}' has side terms ({turned.format.name})")
             if packed.activations:
                 self.modes.add(packed.activations)
         elif isinstance(module, nn.Linear | nn.Embedding):

@@ -1,5 +1,6 @@
 // Vectors of W numbers for the encoders, by the compiler's own vector types: one source for every instruction set. What those
-// types cannot say (rounding, tables, minima) stands here. Included by encode_isa.cpp alone, once for each instruction set.
+// types cannot say (rounding, tables, minima) stands here. Included by encode_isa.cpp and rotate_isa.cpp, once for each
+// instruction set.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
