@@ -29,31 +29,30 @@ class SoftRounding:
         h = (cells.offset + 0.5).clamp(0.01, 0.99)
         self.v = torch.logit((h - GAMMA) / (ZETA - GAMMA))
         self.mean, self.square = torch.zeros_like(self.v), torch.zeros_like(self.v)
-        self.frozen = torch.zeros_like(self.v, dtype=torch.bool)
+        self.free = torch.ones_like(self.v)  # 0 where decided for good, else 1
         self.count, self.round = 0, 0
 
     def _h(self, s: slice) -> Tensor:
         return (torch.sigmoid(self.v[s]) * (ZETA - GAMMA) + GAMMA).clamp_(0, 1)
 
     def values(self, s: slice) -> Tensor:
-        """Soft levels minus zero of rows `s`: [r, K]."""
-        soft = torch.lerp(self.cells.low[s], self.cells.high[s], self._h(s))
-        hard = torch.where(self.v[s] > 0, self.cells.high[s], self.cells.low[s])
-        return torch.where(self.frozen[s], hard, soft)
+        """Soft levels minus zero of rows `s`, those of decided weights exact: [r, K]."""
+        h = torch.lerp(self.v[s].sign().clamp_min_(0.0), self._h(s), self.free[s])
+        return torch.lerp(self.cells.low[s], self.cells.high[s], h)
 
     def step(self, s: slice, gradient: Tensor, scale: Tensor, run: int, progress: float) -> None:
-        """Move rows `s`: gradient of the loss by ŵ [r, K], their effective scales, progress in [0, 1)."""
+        """Move rows `s`: gradient of the loss by ŵ [r, K] (overwritten), their effective scales, progress in [0, 1)."""
         if s.start == 0:
             self.count += 1
             self._harden(progress)
         sigmoid = torch.sigmoid(self.v[s])
-        slope = (self.cells.high[s] - self.cells.low[s]) * sigmoid * (1 - sigmoid)
-        g = scaled(gradient * slope, scale, run)
+        gradient.mul_(self.cells.high[s] - self.cells.low[s]).mul_(sigmoid).mul_(1 - sigmoid)
+        g = scaled(gradient, scale, run)
         mean = self.mean[s].lerp_(g, 0.1)
         square = self.square[s].mul_(0.95).addcmul_(g, g, value=0.05)
-        root = (square / (1 - 0.95**self.count)).sqrt_().add_(1e-30)
-        move = (mean / root).mul_(self.lr * (1 - progress) / (1 - 0.9**self.count))
-        self.v[s] -= move.masked_fill_(self.frozen[s], 0.0)
+        root = (square * (1 / (1 - 0.95**self.count))).sqrt_().add_(1e-30)
+        move = (mean / root).mul_(self.free[s])
+        self.v[s].sub_(move, alpha=self.lr * (1 - progress) / (1 - 0.9**self.count))
 
     def _harden(self, progress: float) -> None:
         """At each of ROUNDS steps of the schedule, decide the most decided weights: a share of 1 − (1 − t)²."""
@@ -63,11 +62,11 @@ class SoftRounding:
         self.round = due
         certainty = self.v.abs()
         if due == ROUNDS:
-            self.frozen.fill_(True)
+            self.free.fill_(0.0)
             return
         flat = certainty.flatten()
         sample = flat[:: max(1, len(flat) // _SAMPLE)]
-        self.frozen = certainty >= torch.quantile(sample, (1 - due / ROUNDS) ** 2)
+        self.free = (certainty < torch.quantile(sample, (1 - due / ROUNDS) ** 2)).float()
 
     def hard(self) -> Tensor:
         """Codes as they stand, uint8 [N, K]."""

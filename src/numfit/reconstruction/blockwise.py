@@ -33,7 +33,7 @@ from numfit.reconstruction.state import Options, Report, State, check_states, ch
 from numfit.reconstruction.tune import FixedRounding
 
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-_CHUNK = 1 << 17  # weights worked on at a time: what the passes of a step share stays in a core's cache
+_CHUNK = 1 << 16  # weights worked on at a time: what the passes of a step share stays in a core's cache
 
 
 class Rounding(Protocol):
@@ -77,7 +77,7 @@ class _Linear:
         effective = self.scales.effective
         by_scale = torch.zeros_like(effective)
         for s in row_chunks(n, k, _CHUNK):
-            part = gradient[s].float()
+            part = gradient[s].to(torch.float32, copy=True)
             if lr_scale:
                 sums = run_sums(part * self.rounding.values(s), g.block, effective.shape[1])
                 if len(effective) == 1:
@@ -152,7 +152,7 @@ def reconstruct(
         while len(queue) < min(o.batch, len(learn)):
             queue += [learn[i] for i in torch.randperm(len(learn), generator=generator).tolist()]
         chosen, queue = queue[: o.batch], queue[o.batch :]
-        loss, gradients = _gradients(run, linears, others, inputs[chosen], targets[chosen], o, low, start, clock)
+        loss, gradients = _gradients(run, linears, others, inputs[chosen].float(), targets[chosen].float(), o, low, start, clock)
         begin = time.perf_counter()
         done = (step + 0.5) / o.iterations
         for (name, linear), gradient in zip(linears.items(), gradients, strict=False):
@@ -236,7 +236,7 @@ def _gradients(
     with torch.enable_grad():
         with context:
             out = run(weights, x)
-        error = _error(out.float() - y.float(), y, o)
+        error = _error(out.float() - y, y, o)
         if o.drop:
             error = without_largest(error, o.drop)
         loss = error.mean()
@@ -251,7 +251,7 @@ def _error(difference: Tensor, y: Tensor, o: Options) -> Tensor:
     """Squared error by element [b, T, C]."""
     error = difference.square()
     if o.loss == "relative":
-        error = error / y.float().square().mean(-1, keepdim=True).clamp_min(1e-12)
+        error = error / y.square().mean(-1, keepdim=True).clamp_min(1e-12)
     return error
 
 

@@ -51,7 +51,7 @@ class Options:
         batch: windows per step.
         lr: step of the rounding parameters; None: 1 / iterations for signround (so that V travels at most ½), 0.2 for adaround.
         momentum: of signround's gradient, 0 for none.
-        trust: see `cells.cells`: 1 for starts that are nearest codes, less for starts that error compensation made.
+        trust: see `cells.cells`; less than 1 for starts that error compensation made, lest its work be undone.
         scale_lr: step of the scales in parts of themselves, 0 to keep them.
         scale_range: least and largest multiple of a start scale.
         tune_parents: move fp16 row parents too.
@@ -71,7 +71,7 @@ class Options:
     batch: int = 2
     lr: float | None = None
     momentum: float = 0.0
-    trust: float = 1.0
+    trust: float = 0.9
     scale_lr: float = 0.005
     scale_range: tuple[float, float] = (0.5, 1.5)
     tune_parents: bool = False
