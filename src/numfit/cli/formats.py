@@ -20,7 +20,8 @@ A name reads base[-gN|-row|-tensor][@scale][+rot][+rankR][+sparseP]: -g64 shares
 input dimension, -row among a row, -tensor among all. Scales are stored as @fp16, @bf16, @e8m0, @e4m3 (under one fp32),
 @u8 or @e3m3 (8 and 6 bits under one fp16 per row). After a + stand side terms: +rot rotates the input channels (+rot7:
 by another seed), +rank16 adds a low-rank term, +sparse5 corrects 5 thousandths of each row's weights one by one. Any
-eXmY float and any ams-eXmYkN (N neighbours share the last mantissa bit) exist too.
+eXmY float and any ams-eXmYkN (N neighbours share the last mantissa bit) exist too, and so do the trellis codes trellis2,
+trellis3, trellis4 and trellis2-t8 … trellis4-t8 (smaller states), to be used with +rot: codes of several weights at once.
 Bits count everything that is stored: codes, members, scales, parents, zero points, palettes, side terms.
 """
 

@@ -120,7 +120,7 @@ def find(name: str) -> Base | None:
 
 
 def bases() -> dict[str, Base]:
-    """All registered bases by name, in order of registration (patterns such as `ams-eXmYkN` stand for more)."""
+    """All registered scalar bases by name, in order of registration (patterns such as `ams-eXmYkN` stand for more)."""
     return dict(_BASES)
 
 
@@ -247,13 +247,19 @@ register("dynfp4", [sign_magnitude(f"{n}{s * t:+.3f}", half, special=s * t * hal
                     for n, half in _LAYOUTS.items() for t in _REMAP for s in (1, -1)],
          "DynFP: a palette of 16 of 96 remapped floats per tensor", block=32, store="u8", palette=16)  # fmt: skip
 
-# -- trellis codes: symbols that mean something only together; for weights of Gaussian rows, so name them with +rot -------------------
+# -- trellis codes: by name only, since `bases` lists scalar types -----------------------------------------------------------------
 
-for _name in trellis_names():
-    _code = trellis(_name)
-    register(_name, Grid("symbols", tuple(float(i) for i in range(1 << _code.bits))),
-             f"trellis code of {_code.bits} bits and {_code.state_bits}-bit states, fp16 scale per row; use with +rot",
-             block="row", closed=True, trellis=_code)  # fmt: skip
+
+def _trellis(name: str) -> Base | None:
+    if name not in trellis_names():
+        return None
+    code = trellis(name)
+    about = f"trellis code of {code.bits} bits, {code.state_bits}-bit states, one scale a row; use with +rot"
+    symbols = Grid("symbols", tuple(float(i) for i in range(1 << code.bits)))
+    return _base(name, symbols, about, block="row", closed=True, trellis=code)
+
+
+_PATTERNS.append((re.compile(r"trellis\d(-t8)?"), lambda x: _trellis(x[0])))
 
 # -- outside standards: never renormalised, ties to even --------------------------------------------------------------
 
