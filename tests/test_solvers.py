@@ -213,6 +213,8 @@ def test_moments_that_are_none() -> None:
         solve(w, indefinite, format("int4-g16"), "gptq")
     with pytest.raises(FormatError, match="NaN or Inf"):
         solve(w * torch.inf, h, format("int4-g16"), "gptq")
+    with pytest.raises(FormatError, match="@fp16 scales of int4-g16 end at"):
+        solve(w * 1e9, h, format("int4-g16"), "gptq")
     with pytest.raises(FormatError, match="matrix"):
         solve(w[0], h, format("int4-g16"), "gptq")
 
@@ -485,6 +487,7 @@ def test_without_statistics() -> None:
         ("gptq", {"damp": float("nan")}, "damp is a number"),
         ("gptq", {"alternations": 0}, "alternations is a whole number of at least 1"),
         ("gptq", {"sweeps": 1.5}, "sweeps is a whole number"),
+        ("gptq", {"dampen": 1.0}, "unknown solver option 'dampen'; the options are: order, damp"),
         ("nearest", {"rescomp": 0.25}, "terms of the gptq step"),
     ],
 )

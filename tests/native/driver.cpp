@@ -13,6 +13,7 @@
 
 #include "decoder.h"
 #include "encode.h"
+#include "sweep.h"
 
 namespace {
 
@@ -291,6 +292,83 @@ void check_encoders(int64_t rows, int64_t cols, int64_t block, const std::vector
     }
 }
 
+// -- sweeps -----------------------------------------------------------------------------------------------------------
+
+// Panels of a sweep and runs of descent; `unit` > 0: units of so many columns choose one of two members.
+void check_sweeps(int64_t rows, int64_t width, int64_t unit, bool zeros, const std::vector<std::string> &isas) {
+    constexpr int kEntries = 8, kRanks = 7;
+    const std::string what = "sweeps " + std::to_string(rows) + "x" + std::to_string(width) + "/" + std::to_string(unit);
+    const int members = unit ? 2 : 1;
+    Floats levels, thresholds, codes;
+    for (int m = 0; m < members; m++) {
+        for (int r = 0; r < kEntries; r++) {
+            const int rank = r < kRanks ? r : kRanks - 1;
+            levels.push_back(static_cast<float>(rank - 3) * (m ? 1.0f : 1.5f));
+            codes.push_back(static_cast<float>(rank));
+            thresholds.push_back(r < kRanks - 1 ? (static_cast<float>(r) - 2.5f) * (m ? 1.0f : 1.5f) : INFINITY);
+        }
+    }
+    const int64_t block = 16, blocks = (width + block - 1) / block, units = unit ? (width + unit - 1) / unit : blocks;
+    std::vector<int64_t> block_of, unit_of;
+    for (int64_t j = 0; j < width; j++) block_of.push_back(j / block), unit_of.push_back(unit ? j / unit : j / block);
+    Floats scale(static_cast<size_t>(rows * blocks)), zero(scale.size());
+    for (float &v : scale) v = 0.1f + 0.01f * static_cast<float>(pick(0, 9));
+    for (float &v : zero) v = static_cast<float>(pick(0, 3));
+    Floats u = normals(width * width), h(u.size());
+    for (int64_t i = 0; i < width; i++) {
+        for (int64_t j = 0; j < width; j++) {
+            float &v = u[static_cast<size_t>(i * width + j)];
+            v = i == j ? 1.0f + std::fabs(v) : j > i ? 0.1f * v : 0.0f;
+            h[static_cast<size_t>(i * width + j)] = i == j ? 2.0f : 1.0f / static_cast<float>(2 + std::abs(i - j));
+        }
+    }
+    h[0] = 0;  // an input that is never on
+    const Floats w0 = normals(rows * width), original = normals(rows * width), gradient0 = normals(rows * width);
+    std::vector<uint8_t> member0, codes0, moved0;
+    Floats after0, error0, before0, q0;
+    for (const std::string &isa : isas) {
+        use(isa);
+        nf_set_threads(isa == isas[0] ? 1 : pick(1, 4));
+        std::vector<uint8_t> member(static_cast<size_t>(rows * units), 0), found(w0.size(), 0);
+        Floats w = w0, error(w0.size(), 0.0f), before(w0.size(), 0.0f), gradient = gradient0;
+        nf_lattice l = {};
+        l.rows = rows, l.blocks = blocks, l.units = units, l.members = members, l.entries = kEntries;
+        l.thresholds = thresholds.data(), l.levels = levels.data(), l.codes = codes.data(), l.scale = scale.data();
+        l.zero = zeros ? zero.data() : nullptr, l.member = unit ? member.data() : nullptr, l.choose = unit > 0;
+        nf_panel p = {};
+        p.width = width, p.w = w.data(), p.ldw = width, p.u = u.data(), p.ldu = width;
+        p.p = u.data(), p.ldp = width, p.r = u.data(), p.ldr = width, p.original = original.data();
+        p.block = block_of.data(), p.unit = unit_of.data(), p.codes = found.data(), p.ldc = width;
+        p.error = error.data(), p.before = before.data();
+        char message[NF_ERROR];
+        const int64_t middle = unit ? width / 2 / unit * unit : width / 2;
+        for (int part = 0; part < 2; part++) {
+            p.start = part ? middle : 0, p.stop = part ? width : middle;
+            if (nf_sweep(&l, &p, message)) fail(what + ", " + isa, message);
+        }
+        std::vector<uint8_t> moved = found;
+        Floats q = w0;
+        nf_run r = {};
+        r.width = width, r.h = h.data(), r.ldh = width, r.gradient = gradient.data(), r.w = w0.data(), r.q = q.data();
+        r.ldw = width, r.block = block_of.data(), r.unit = unit_of.data(), r.codes = moved.data(), r.ldc = width;
+        r.margin = 1e-6f;
+        if (nf_descend(&l, &r, message)) fail(what + ", descent, " + isa, message);
+        if (isa == isas[0]) member0 = member, codes0 = found, moved0 = moved, after0 = w, error0 = error, before0 = before, q0 = q;
+        for (size_t i = 0; i < found.size(); i++) {
+            if (found[i] >= kRanks || moved[i] >= kRanks) fail(what + ", " + isa, "no such code");
+        }
+        same(codes0, found, what + ", codes, " + isa);
+        same(moved0, moved, what + ", codes of descent, " + isa);
+        same(member0, member, what + ", member, " + isa);
+        same(after0, w, what + ", weights, " + isa);
+        same(error0, error, what + ", error, " + isa);
+        same(before0, before, what + ", before, " + isa);
+        same(q0, q, what + ", values, " + isa);
+        p.stop = width + 1;
+        if (!nf_sweep(&l, &p, message)) fail(what + ", " + isa, "a panel beyond its end was swept");
+    }
+}
+
 // -- decoder ----------------------------------------------------------------------------------------------------------
 
 void check_decoder(const std::vector<std::string> &isas) {
@@ -362,6 +440,9 @@ int main() {
         }
     }
     for (int64_t block : {16, 32, 64, 100}) check_encoders(5, 331, block, isas);
+    for (int64_t unit : {0, 3, 4}) {
+        for (int64_t rows : {1, 16, 37}) check_sweeps(rows, 50, unit, unit == 0, isas);
+    }
     check_decoder(isas);
     std::printf("%s: %d comparisons passed\n", nf_isa_names(), comparisons);
     return 0;

@@ -43,13 +43,14 @@ def _one_pass(problem: Problem, state: State) -> State:
     g = fmt.geometry(k)
     rounder = Rounder(fmt, state.params, k)
     codes, q = state.codes.clone(), decode(fmt, state.codes, state.params)
+    e = q - w
     units = -(-g.block // g.unit)
     for b in range(g.blocks):
         s = slice(b * g.block, min((b + 1) * g.block, k))
         hb = h[s, s].contiguous()
         if not bool(alive(hb).any()):
             continue
-        gradient = (q - w) @ h[:, s]
+        gradient = e @ h[:, s]
         local, params = _alone(fmt, rounder, b, s.stop - s.start, units)
         plan = make_plan(local, hb.diagonal(), "static", False, problem.options.panel)
         u = cholesky_inverse_upper(hb[plan.order][:, plan.order], problem.options.damp).u
@@ -69,6 +70,7 @@ def _one_pass(problem: Problem, state: State) -> State:
         _take(rounder, better, swept.params, b, units)
         codes[:, s] = torch.where(better[:, None], swept.codes, codes[:, s])
         q[:, s] = torch.where(better[:, None], values, q[:, s])
+        torch.sub(q[:, s], w[:, s], out=e[:, s])
     return keep_better(fmt, problem.state(codes, rounder.result()), state)
 
 

@@ -47,12 +47,14 @@ def descent(problem: Problem, state: State, run: RunDescent | None = None) -> St
     rounder = Rounder(fmt, state.params, w.shape[1])
     codes = state.codes.clone()
     q = decode(fmt, codes, state.params)
+    e = q - w
     for _ in range(problem.options.sweeps):
         before, members = codes.clone(), None if rounder.member is None else rounder.member.clone()
         for a, b in runs(fmt, w.shape[1], problem.options.panel):
             s = slice(a, b)
-            part = Run(a, h[s, s], (q - w) @ h[:, s], w[:, s], q[:, s], codes[:, s], block[s], unit[s])
+            part = Run(a, h[s, s], e @ h[:, s], w[:, s], q[:, s], codes[:, s], block[s], unit[s])
             run(part, rounder, small_units(fmt))
+            torch.sub(q[:, s], w[:, s], out=e[:, s])
         same = members is None or rounder.member is None or torch.equal(members, rounder.member)
         if same and torch.equal(before, codes):
             break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 from numfit.errors import OptionError
@@ -51,8 +51,12 @@ class SolverOptions:
         """Options of a chain such as `gptq+alternate+descent`.
 
         Raises:
-            OptionError: an unknown step, a chain that cannot work, or a number out of its range.
+            OptionError: an unknown step or option, a chain that cannot work, or a number out of its range.
         """
+        known = [f.name for f in fields(SolverOptions) if f.name != "steps"]
+        for name in numbers:
+            if name not in known:
+                raise OptionError(f"unknown solver option '{name}'; the options are: {', '.join(known)}")
         steps = tuple(part.strip().lower() for part in text.split("+"))
         return replace(SolverOptions(steps=steps), **numbers)  # type: ignore[arg-type]
 

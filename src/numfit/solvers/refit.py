@@ -22,6 +22,7 @@ from numfit.formats.scale import PARENT_MIN, to_stored
 from numfit.solvers.state import Problem, State, keep_better
 
 _BYTES = 1 << 28  # of the normal equations of the rows worked on at a time
+_CELLS = 1 << 20  # weights of these rows: their products stay in the cache
 _ROUNDS = 2  # passes over the scales of a row
 _ALL_ZEROS = 4  # bits of zero points up to which all are tried; above, those within 2
 
@@ -79,7 +80,7 @@ def normal_equations(problem: Problem, state: State) -> Iterator[tuple[slice, Gr
     affine = fmt.zero
     sides = h.view(len(h), g.blocks, g.block).sum(2) if affine else None  # H 1_cᵀ: [K, G]
     bb = sides.view(g.blocks, g.block, g.blocks).sum(1).double() / mean if sides is not None else None
-    step = max(1, min(_BYTES // (24 * g.blocks * g.blocks), (1 << 22) // len(h)))
+    step = max(1, min(_BYTES // (24 * g.blocks * g.blocks), _CELLS // len(h)))
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
         t = decode(fmt, state.codes[rows], _rows(unscaled, rows, n))
@@ -89,10 +90,12 @@ def normal_equations(problem: Problem, state: State) -> Iterator[tuple[slice, Gr
         ab = torch.empty_like(aa) if sides is not None else None
         for b in range(g.blocks):
             s = slice(b * g.block, (b + 1) * g.block)
-            aa[:, b] = ((t[:, s] @ h[s]) * t).view(shape).sum(2)
+            product = (t[:, s] @ h[s, s.start :]).mul_(t[:, s.start :])  # blocks b … G - 1: A is symmetric
+            aa[:, b, b:] = product.view(len(t), -1, g.block).sum(2)
+            aa[:, b + 1 :, b] = aa[:, b, b + 1 :]
             if ab is not None and sides is not None:
                 ab[:, b] = t[:, s] @ sides[s]
-        aa = (aa + aa.transpose(1, 2)) / (2 * mean)
+        aa /= mean
         ar = (wh * t).view(shape).sum(2).double() / mean
         br = wh.view(shape).sum(2).double() / mean if affine else None
         yield rows, Grams(aa, ar, None if ab is None else ab / mean, bb, br)

@@ -77,13 +77,18 @@ def check_weight(w: Tensor, fmt: Format) -> Tensor:
     """The weight as fp32 [N, K].
 
     Raises:
-        FormatError: not a matrix, a shape that the format cannot hold, or NaN or Inf.
+        FormatError: not a matrix, a shape or a magnitude that the format cannot hold, or NaN or Inf.
     """
     if w.dim() != 2 or not w.is_floating_point():
         raise FormatError(f"a solver needs a floating-point matrix [outputs, inputs], not {w.dtype} of shape {tuple(w.shape)}")
     fmt.check_shape(tuple(w.shape))
     if not bool(torch.isfinite(w).all()):
         raise FormatError("the weight holds NaN or Inf, which no format can store: repair the source or skip this tensor")
+    if w.numel() and float(w.abs().max()) > fmt.reach:
+        raise FormatError(
+            f"the weight reaches {float(w.abs().max()):.4g}, but the @{fmt.scale.store} scales of {fmt.name} end at "
+            f"{fmt.reach:.4g}; repair the source, skip this tensor, or use a wider scale type such as @bf16"
+        )
     return w.detach().float().contiguous()
 
 

@@ -99,7 +99,7 @@ def sweep(
         for segment in segments:
             _fit_blocks(rounder, rest, plan, segment, importance)
             run(panel, segment.start - a, segment.stop - a, rounder, choose)
-        losses += panel.error.square().sum(1, dtype=torch.float64)
+        losses += torch.linalg.vecdot(panel.error, panel.error)
         if b == k:
             break
         rest[:, b:].addmm_(panel.error, u[s, b:], alpha=-1)
