@@ -76,11 +76,12 @@ def _prepare(model: Any, plan: Plan) -> Plan:
     planes = {f"{name}_{plane}" for name, fmt in formats.items() for plane in _plane_names(fmt)}
     leads = {name: info.shape[:-1] for name, (_, info) in plan.files.items() if name not in planes}
     for name in formats:
-        if f"{name}_codes" not in plan.files:
-            raise CheckpointError(f"the checkpoint has no '{name}_codes', which its config.json promises; copy it again")
+        for plane in ("codes", _by_row(formats[name])):
+            if f"{name}_{plane}" not in plan.files:
+                raise CheckpointError(f"the checkpoint has no '{name}_{plane}', which its config.json promises; copy it again")
         if name in leads:
             raise CheckpointError(f"the checkpoint has '{name}' both packed and plain; quantize the model again")
-        leads[name] = plan.files[f"{name}_codes"][1].shape[:-1]
+        leads[name] = plan.files[f"{name}_{_by_row(formats[name])}"][1].shape[:-1]
 
     index = map_tensors(model, leads, frozenset(formats))
     expected = model.state_dict()
@@ -245,7 +246,8 @@ def fill(model: nn.Module, plan: Plan, activations: str) -> None:
             elif fmt is None:
                 values = [read[0].reshape(-1, piece.shape[-1])[rows]]
             else:
-                flat = (read[0].shape[:-1].numel(), piece.shape[-1])  # codes come first
+                lead = read[_plane_names(fmt).index(_by_row(fmt))].shape[:-1]
+                flat = (lead.numel(), piece.shape[-1])
                 specs = fmt.planes(flat)
                 planes = {plane: tensor.reshape(specs[plane].shape) for plane, tensor in zip(specs, read, strict=True)}
                 values = list(QuantizedTensor(fmt, flat, planes).select(rows).planes.values())
@@ -256,6 +258,11 @@ def fill(model: nn.Module, plan: Plan, activations: str) -> None:
     plan.files.clear()
     plan.uses.clear()
     use_kernels(model, activations)
+
+
+def _by_row(fmt: Format) -> str:
+    """A plane whose leading axes are those of the weight; the codes of a trellis are one stream over all rows."""
+    return "codes" if fmt.trellis is None else "scale"
 
 
 def _plane_names(fmt: Format) -> list[str]:
