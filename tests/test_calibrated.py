@@ -141,8 +141,12 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(parts: dict[str, Any], tm
     assert not again.with_name("again.partial").exists()
 
 
-@pytest.mark.parametrize("how", ["signround", "adaround", "tune", "progressive"])
-def test_learning_brings_a_layer_nearer(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "fmt"),
+    [("signround", "int3-g32"), ("adaround", "int3-g32"), ("tune", "int3-g32"), ("progressive", "int3-g32"),
+     ("progressive", "trellis2+rot")],
+)  # fmt: skip
+def test_learning_brings_a_layer_nearer(how: str, fmt: str, tmp_path: Path) -> None:
     source = model_at(tmp_path / "model")
     config = open_source(source).config()
     windows, _ = layers.calibration_windows(Blocks(open_source(source), config).tokenizer, words(2000), 16, 32, "llama")
@@ -153,7 +157,7 @@ def test_learning_brings_a_layer_nearer(how: str, tmp_path: Path) -> None:
         out = tmp_path / reconstruct
         solver = "nearest" if how in ("signround", "adaround") else "gptq"  # what error compensation found is hard to better
         options = {**QUICK, "windows": 16, "context": 32, "solver": solver, "propagate": "quantized"}
-        quantize(source, "int3-g32", out, calibration=words(2000), reconstruct=reconstruct, iterations=60, **options)
+        quantize(source, fmt, out, calibration=words(2000), reconstruct=reconstruct, iterations=60, **options)
         model = numfit.load(out, dtype="float32", activations="reference")[0]
         with torch.no_grad():
             return float((model(windows, output_hidden_states=True).hidden_states[1] - wanted).norm())
@@ -255,6 +259,7 @@ def test_an_overflowing_model_is_refused(tmp_path: Path) -> None:
         ({"calibration": TEXT, "damp": 0.0}, "--damp is a positive share"),
         ({"calibration": Path("no such file.txt")}, "does not exist"),
         ({"calibration": TEXT, "recipe": "balanced", "format": None}, "a format is needed"),
+        ({"calibration": TEXT, "reconstruct": "signround", "format": "trellis2+rot"}, "depend on each other"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], sentence: str, tmp_path: Path) -> None:

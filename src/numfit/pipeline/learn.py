@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from numfit.errors import OptionError
+from numfit.formats import Format, Grid
 from numfit.formats.rotation import unrotate
+from numfit.formats.trellis import LEVEL
+from numfit.formats.trellis_codec import decode_levels
 from numfit.pipeline.linear import Solved
 from numfit.pipeline.recipe import Parts
 from numfit.reconstruction import Options, State, progressive, reconstruct
@@ -15,6 +20,8 @@ from numfit.reconstruction import Options, State, progressive, reconstruct
 # The layer with weights by tensor name put in: (weights, hidden states [b, T, C]) → [b, T, C].
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 Solve = Callable[[Sequence[str], Mapping[str, Tensor]], list[Solved]]
+# What a trellis decodes to: int8 levels under one scale a row.
+LEVELS = Format("levels", 8, (Grid("levels", tuple(LEVEL * level for level in range(-128, 128))),), block="row")
 HOLDOUT = 4  # of the windows, which choose the best step and are not learned from
 
 
@@ -24,6 +31,12 @@ def learn(run: Run, solved: Sequence[Solved], inputs: Tensor, targets: Tensor, p
     Args:
         inputs: hidden states of the model quantized so far [n, T, C]. targets: of the original model, behind the layer.
     """
+    trellis = next((item.format.name for item in solved if item.format.trellis is not None), None)
+    if trellis and parts.reconstruct in ("signround", "adaround"):
+        raise OptionError(
+            f"--reconstruct {parts.reconstruct} moves codes one by one, and those of {trellis} depend on each other; "
+            "tune and progressive work with every format"
+        )
     states = {item.name: state(item) for item in solved if item.packed is None}
     fixed = {item.name: item.packed.dequantize() for item in solved if item.packed is not None}
     if not states:
@@ -71,11 +84,15 @@ def state(item: Solved) -> State:
     def effective(w: Tensor) -> Tensor:
         return (w if rotation is None else unrotate(w, rotation)).view(item.shape)
 
-    return State(item.name, item.format.base, item.codes, item.params, item.weight, effective)
+    base, codes, trellis = item.format.base, item.codes, item.format.trellis
+    if trellis is not None:  # to learning it is a row scale and fixed levels
+        base, codes = LEVELS, (decode_levels(trellis, codes).int() + 128).to(torch.uint8)
+    return State(item.name, base, codes, item.params, item.weight, effective)
 
 
 def updated(item: Solved, after: Mapping[str, State]) -> Solved:
     """A linear with what was learned."""
     if item.name not in after:
         return item
-    return replace(item, codes=after[item.name].codes, params=after[item.name].params)
+    codes = item.codes if item.format.trellis is not None else after[item.name].codes
+    return replace(item, codes=codes, params=after[item.name].params)
