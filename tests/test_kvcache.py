@@ -193,11 +193,11 @@ def test_every_stream_on_every_head_size(name: str, dim: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_awkward_vectors(name: str) -> None:
-    """Zeros stay zeros; one-hot, huge and tiny ones come back finite and of the right size; -0.0 and constants do no harm."""
+    """Zeros stay next to nothing; one-hot, huge and tiny ones come back finite and of the right size; -0.0 and constants do no harm."""
     codec = stream(name)
     dim = 64
     zeros = torch.zeros(1, 1, 128, dim)
-    assert torch.equal(round_trip(codec, zeros), zeros)
+    assert float(round_trip(codec, zeros).abs().max()) < 1e-6  # (M-ANT has no zero: its least scale times its least level)
     hot = torch.zeros(1, 1, 128, dim)
     hot[..., 7] = 3.0
     mixed = normal(1, 1, 128, dim)
@@ -301,7 +301,10 @@ def test_centring_and_permuting_pay_where_channels_differ() -> None:
     spread = x * torch.logspace(-1, 1, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(2))]
     off = lambda name, x, y: float((x - round_trip(stream(name), x)).square().sum() / y.square().sum())  # noqa: E731
     assert off("tq4+centred", shifted, x) < 0.1 * off("tq4", shifted, x)
-    assert off("asym4-g16+permuted", spread, spread) < 0.5 * off("asym4-g16", spread, spread)
+    each = lambda name: float(  # noqa: E731  (the mean over channels of their relative errors)
+        ((spread - round_trip(stream(name), spread)).square().mean(2) / spread.square().mean(2)).mean()
+    )
+    assert each("asym4-g16+permuted") < 0.1 * each("asym4-g16")
     spiky = x.clone()
     spiky[..., ::64, :] *= 30
     assert off("asym4-g128/channel+outliers0.02", spiky, spiky) < 0.5 * off("asym4-g128/channel", spiky, spiky)
