@@ -297,7 +297,8 @@ def _linear_with_side(packed: PackedLinear, side: SideTerms, x: Tensor, bias: Te
     out = torch.empty((len(flat), rows), dtype=x.dtype)
     error = ctypes.create_string_buffer(ERROR_BYTES)
     step = max(16, CHUNK // max(rows, columns))
-    for part, into in zip(flat.split(step), out.split(step), strict=True):
+    runs = [(flat, out)] if len(flat) <= step else zip(flat.split(step), out.split(step), strict=True)
+    for part, into in runs:
         turned = side.inputs(part)
         y = into if into.dtype == torch.float32 else torch.empty(into.shape, dtype=torch.float32)
         if packed._lib.nf_apply(

@@ -115,25 +115,48 @@ NF_API int nf_add_lowrank(const float *x, int64_t tokens, int64_t cols, const fl
 }
 
 NF_API int nf_add_sparse(const float *x, int64_t tokens, int64_t cols, const int32_t *index, const float *value, int64_t count,
-                         int64_t rows, float *y, int64_t ldy, char *error) {
+                         int64_t rows, float *y, int64_t ldy, char *error) try {
     if (tokens < 0 || cols < 1 || count < 1 || rows < 1 || ldy < rows) {
         return fail(error, "the parts of these sparse corrections do not fit together");
     }
-    for (int64_t i = 0; i < rows * count; i++) {
-        if (index[i] < 0 || index[i] >= cols) return fail(error, "a sparse correction points out of its row");
-    }
-    const int64_t chunk = std::max<int64_t>(16, kAlone / (count * std::max<int64_t>(1, tokens)));
-    share(rows, tokens * rows * count, chunk, [&](int64_t from, int64_t to) {
+    bool outside = false;
+    for (int64_t i = 0; i < rows * count; i++) outside |= static_cast<uint32_t>(index[i]) >= static_cast<uint64_t>(cols);
+    if (outside) return fail(error, "a sparse correction points out of its row");
+    if (tokens < 4) {
         for (int64_t t = 0; t < tokens; t++) {
-            const float *in = x + t * cols;
-            for (int64_t row = from; row < to; row++) {
-                const int32_t *at = index + row * count;
-                const float *v = value + row * count;
-                float sum = 0;
-                for (int64_t j = 0; j < count; j++) sum += v[j] * in[at[j]];
-                y[t * ldy + row] += sum;
-            }
+            share(rows, rows * count, std::max<int64_t>(16, kAlone / count), [&](int64_t from, int64_t to) {
+                for (int64_t row = from; row < to; row++) {
+                    float sum = 0;
+                    for (int64_t j = row * count; j < (row + 1) * count; j++) sum += value[j] * x[t * cols + index[j]];
+                    y[t * ldy + row] += sum;
+                }
+            });
         }
-    });
+        return 0;
+    }
+    // many tokens: kSide of them side by side, so that every correction is a load of neighbours
+    const Rotators &r = rotators();
+    std::vector<float> beside(static_cast<size_t>(cols + 1) * kSide);
+    float *x16 = beside.data() + (64 - reinterpret_cast<uintptr_t>(beside.data()) % 64) % 64 / sizeof(float);  // whole lines
+    for (int64_t first = 0; first < tokens; first += kSide) {
+        const int64_t here = std::min<int64_t>(kSide, tokens - first);
+        for (int64_t k = 0; k < cols; k++) {
+            for (int64_t t = 0; t < here; t++) x16[k * kSide + t] = x[(first + t) * cols + k];
+        }
+        share(rows, rows * count * kSide, std::max<int64_t>(16, kAlone / count), [&](int64_t from, int64_t to) {
+            float sum[kSide][kSide];  // of as many rows, so that whole lines of y are written
+            for (int64_t row = from; row < to; row += kSide) {
+                const int64_t high = std::min<int64_t>(kSide, to - row);
+                for (int64_t i = 0; i < high; i++) {
+                    r.sparse(x16, index + (row + i) * count, value + (row + i) * count, count, sum[i]);
+                }
+                for (int64_t t = 0; t < here; t++) {
+                    for (int64_t i = 0; i < high; i++) y[(first + t) * ldy + row + i] += sum[i][t];
+                }
+            }
+        });
+    }
     return 0;
+} catch (const std::bad_alloc &) {
+    return fail(error, "there is not enough memory for these sparse corrections");
 }

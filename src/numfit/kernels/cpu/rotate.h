@@ -32,7 +32,11 @@ struct Rotators {
     void (*turn)(const Turn &, const float *x, float *out, float *work);  // one row; work [cols], aligned; x may be out, not work
     void (*dots)(const float *a, int64_t rank, int64_t cols, const float *x, float *out);               // out[j] = a[j] · x
     void (*add)(const float *b, int64_t rank, int64_t ldb, const float *t, int64_t count, float *y);    // y += Σ_j t[j] · b[j]
+    // one sparse row on kSide tokens: out[t] = Σ_j value[j] · x[index[j]][t]
+    void (*sparse)(const float *x, const int32_t *index, const float *value, int64_t count, float *out);
 };
+
+constexpr int kSide = 16;  // tokens side by side
 
 const Rotators *portable_rotators();
 const Rotators *avx2_rotators();

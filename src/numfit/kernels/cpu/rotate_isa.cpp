@@ -185,6 +185,15 @@ static void add(const float *b, int64_t rank, int64_t ldb, const float *t, int64
     }
 }
 
+static void sparse(const float *x, const int32_t *index, const float *value, int64_t count, float *out) {
+    V sum[kSide / W] = {};
+    for (int64_t j = 0; j < count; j++) {
+        const V factor = splat(value[j]);
+        for (int i = 0; i < kSide / W; i++) sum[i] += factor * load(x + index[j] * kSide + i * W);
+    }
+    for (int i = 0; i < kSide / W; i++) store(out + i * W, sum[i]);
+}
+
 }  // namespace NF_ISA
 
 #define NF_NAME_(isa) isa##_rotators
@@ -192,7 +201,7 @@ static void add(const float *b, int64_t rank, int64_t ldb, const float *t, int64
 #define NF_STRING_(isa) #isa
 #define NF_STRING(isa) NF_STRING_(isa)
 const Rotators *NF_NAME(NF_ISA)() {
-    static const Rotators table = {NF_STRING(NF_ISA), NF_ISA::turn, NF_ISA::dots, NF_ISA::add};
+    static const Rotators table = {NF_STRING(NF_ISA), NF_ISA::turn, NF_ISA::dots, NF_ISA::add, NF_ISA::sparse};
     return &table;
 }
 
