@@ -2,7 +2,8 @@
 
 With a diagonal metric the best choice is the largest h·E², and its correction E itself. With a full H a correction also makes
 good for its neighbours: weights are chosen one by one by what they alone would gain, (E·H)²/H_kk, and the values are then
-solved for together (orthogonal matching pursuit). SqueezeLLM and SpQR keep such weights apart; here each row has the same number of them.
+solved for together (orthogonal matching pursuit). SqueezeLLM and SpQR keep such weights apart; here every row has the same
+number of them.
 """
 
 from __future__ import annotations

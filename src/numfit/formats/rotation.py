@@ -11,8 +11,8 @@ The arithmetic is fp32 in a fixed order of elementwise steps, so that results ar
     2. seen as [m, n]: butterflies (u, v) → (u + v, u − v) over columns h apart, for h = 1, 2, 4 … n/2;
     3. y_c = Σ_a D[c, a]·x_a over the m rows, a ascending, each product and each sum rounded; D = fp32 of C_m / √n.
 The inverse runs backwards with Dᵀ: 3. (sums over c ascending), 2. the same butterflies, 1. the signs.
-fp64 inputs are computed in fp64 with the same constants. On a CPU a compiled function (kernels/cpu/rotate.h) does the same steps;
-`turn_reference` is what it is tested against, bit by bit. (QuIP#, QuaRot and SpinQuant introduced such rotations for weights.)
+fp64 inputs are computed in fp64 with the same constants. On a CPU a compiled function (kernels/cpu/rotate.h) does the same
+steps; `turn_reference` is what it is tested against, bit by bit. (QuIP#, QuaRot and SpinQuant introduced such rotations.)
 """
 
 from __future__ import annotations
