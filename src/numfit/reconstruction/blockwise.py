@@ -152,7 +152,9 @@ def reconstruct(
         while len(queue) < min(o.batch, len(learn)):
             queue += [learn[i] for i in torch.randperm(len(learn), generator=generator).tolist()]
         chosen, queue = queue[: o.batch], queue[o.batch :]
-        loss, gradients = _gradients(run, linears, others, inputs[chosen].float(), targets[chosen].float(), o, low, start, clock)
+        loss, gradients = _gradients(
+            run, linears, others, inputs[chosen].float(), targets[chosen].float(), o, low, start, clock
+        )
         begin = time.perf_counter()
         done = (step + 0.5) / o.iterations
         for (name, linear), gradient in zip(linears.items(), gradients, strict=False):
