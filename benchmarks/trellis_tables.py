@@ -3,8 +3,8 @@
     python benchmarks/trellis_tables.py [--draws N] [--only NAME] [--check]
 
 A code is a linear hash over GF(2) of the state into sorted levels. Row b < k of its matrix holds bit k − 1 − b of the newest
-symbol and none of its other bits, so that the 2**k branches of a state fall into the 2**k ranges of levels; everything else is drawn
-at random. Levels start as centroids of equally probable ranges of a Gaussian and are trained in rounds of Lloyd's algorithm:
+symbol and none of its other bits, so that the 2**k branches of a state fall into the 2**k ranges of levels; everything else
+is drawn at random. Levels start as centroids of equally probable ranges of a Gaussian and are trained in rounds of Lloyd's algorithm:
 encode samples, replace each level by the mean of what it encoded. Level i and its complement stay negatives of each other. Of
 many draws, each trained for a few rounds, the best few are trained on, rounded to int8 and measured on samples of their own.
 For `table` the hash has as many rows as the state has bits; its trained levels, in the order of states, are the table.
@@ -144,7 +144,7 @@ def show(code: Trellis) -> str:
     """An entry of the table of constants."""
     lines = [f'    "{code.name}": {{']
     lines += [f'        "bits": {code.bits}, "state_bits": {code.state_bits}, "deviation": {code.deviation},']
-    lines += ['        "masks": (' + "".join(f"{m:#05x}, " for m in code.masks).strip() + "),", '        "levels": (']
+    lines += ['        "masks": (' + ", ".join(f"{m:#05x}" for m in code.masks) + "),", '        "levels": (']
     row = "           "
     for v in code.levels:
         if len(row) + len(f" {v},") > 126:

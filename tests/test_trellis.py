@@ -39,7 +39,8 @@ from numfit.solvers.trellis import solve_trellis
 SHAPES = ((64, 4), (128, 64), (192, 200), (70, 9), (1, 1), (3, 7), (64, 66), (130, 130), (1, 6), (5, 1))
 # mean squared error of unit-variance Gaussians, as published for these constructions; ours may be 2 % worse
 GAUSSIAN = {
-    "trellis2": 0.0698, "trellis3": 0.0188, "trellis4": 0.0049, "trellis2-t8": 0.0753, "trellis3-t8": 0.0204, "trellis4-t8": 0.0057,
+    "trellis2": 0.0698, "trellis3": 0.0188, "trellis4": 0.0049,
+    "trellis2-t8": 0.0753, "trellis3-t8": 0.0204, "trellis4-t8": 0.0057,
 }  # fmt: skip
 needs_native = pytest.mark.skipif(native.library() is None, reason="the CPU kernels are not installed")
 
@@ -141,7 +142,8 @@ def test_json_round_trip(name):
 def test_impossible_codes_are_refused():
     t = trellis("trellis2-t8")
     good = t.to_json()
-    for change in ({"bits": 5}, {"state_bits": 13}, {"levels": [1]}, {"levels": [0] * 256}, {"masks": [1 << 13]}, {"deviation": 0.0}):
+    changes = {"bits": 5, "state_bits": 13, "levels": [0] * 256, "masks": [1 << 13], "deviation": 0.0}
+    for change in [{part: value} for part, value in changes.items()] + [{"levels": [1]}]:
         with pytest.raises(FormatError):
             Trellis.from_json({**good, **change})
     with pytest.raises(FormatError, match="damaged"):
@@ -313,7 +315,7 @@ def test_solving_by_strips_is_what_the_formula_says():
 @needs_native
 def test_threads_do_not_matter():
     t = trellis("trellis3")
-    w, h = problem(130, 40)
+    w, _ = problem(130, 40)
     before = torch.get_num_threads()
     found = []
     for threads in (1, 2, 3):

@@ -247,7 +247,7 @@ register("dynfp4", [sign_magnitude(f"{n}{s * t:+.3f}", half, special=s * t * hal
                     for n, half in _LAYOUTS.items() for t in _REMAP for s in (1, -1)],
          "DynFP: a palette of 16 of 96 remapped floats per tensor", block=32, store="u8", palette=16)  # fmt: skip
 
-# -- trellis codes: by name only, since `bases` lists scalar types -----------------------------------------------------------------
+# -- trellis codes: by name only, since `bases` lists scalar types -----------------------------------------------------
 
 
 def _trellis(name: str) -> Base | None:

@@ -67,8 +67,8 @@ class Format:
         rounding: what happens between levels: "down" (nearest, ties to the lower level), "even" (nearest, ties to the
             even code, as MX and NV ask), "log" (thresholds at geometric means, PoTPTQ).
         member_home: "plane", or "scale" where the index lives in spare bits of the scale word.
-        trellis: what codes are symbols of; they then mean nothing one by one, `members` only counts them, and nothing but blocks
-            of whole rows and fp16 scales goes with it.
+        trellis: what codes are symbols of; they then mean nothing one by one, `members` only counts them, and nothing but
+            one fp16 scale a row goes with it.
         side: what is stored or done beside the codes. The verbs fit, encode and decode do not look at it: they see weights that
             are rotated already, and give back what the terms are added to; `quantize_tensor` and `QuantizedTensor` do it all.
     """

@@ -93,12 +93,12 @@ class QuantizedTensor:
         place = torch.arange(r).view(self.shape[:-1])[index if not isinstance(index, Tensor) else index.cpu()]
         wanted = place.reshape(-1)
         tiles = wanted[::TILE_ROWS] // TILE_ROWS
-        stream, heights = trellis_codec.streams_of_tiles(fmt.trellis, self.planes["codes"], (r, k), tiles.to(self.device))
+        stream, _ = trellis_codec.streams_of_tiles(fmt.trellis, self.planes["codes"], (r, k), tiles.to(self.device))
         whole = [torch.arange(t * TILE_ROWS, min(r, (t + 1) * TILE_ROWS)) for t in tiles.tolist()]
         if len(wanted) == 0 or not torch.equal(torch.cat(whole), wanted) or (tiles[1:] <= tiles[:-1]).any():
             raise FormatError(
-                f"{fmt.name} codes {TILE_ROWS} rows together, so only whole tiles can be taken out of it, in order; leave this tensor "
-                "out when quantizing (--skip), or use another format for it"
+                f"{fmt.name} codes {TILE_ROWS} rows together, so only whole tiles can be taken out of it, in order; leave this "
+                "tensor out when quantizing (--skip), or use another format for it"
             )
         planes = {n: p if n == "codes" or _is_shared(fmt, n) else p[index] for n, p in self.planes.items()}
         planes["codes"] = stream

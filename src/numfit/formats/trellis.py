@@ -7,10 +7,11 @@ of its neighbours too, so that an encoder that searches whole sequences (trellis
 theory of rate and distortion allows for Gaussian numbers. Rows of real weights are Gaussian after a rotation of their inputs,
 which this code needs: it has no groups, no members, no zero points to adapt with.
 
-A tile is 64 rows × 4 columns, a circular stream of its own ("tail-biting": no start state is stored). Weight p = 4 · row + column
-has bits [k·p, k·p + k) of it, least significant first, and is decoded by bits [k·p, k·p + L): its own symbol is the newest and
-lies lowest, time runs from the last weight to the first. Tiles that stick out of a matrix are short: c columns instead of four make
-p = c · row + column; their stream is circular in itself and ends on a whole byte. Nothing is stored for absent weights.
+A tile is 64 rows × 4 columns, a circular stream of its own ("tail-biting": no start state is stored). Weight
+p = 4 · row + column has bits [k·p, k·p + k) of it, least significant first, and is decoded by bits [k·p, k·p + L): its own
+symbol is the newest and lies lowest, time runs from the last weight to the first. Tiles that stick out of a matrix are
+short: c columns instead of four make p = c · row + column; their stream is circular in itself and ends on a whole byte.
+Nothing is stored for absent weights. Leading axes of a tensor are rows; stacked matrices must fill their tiles.
 
 What a state decodes to, an int8 level:
     table8  L = 8: level[state], a trained table of 256

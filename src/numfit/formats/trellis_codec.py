@@ -73,7 +73,7 @@ def encode_values(t: Trellis, w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]
 
 
 def encoder(t: Trellis, scale: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """`encode_values` for rows of given scales, prepared once for many runs of columns, each a multiple of four but the last."""
+    """`encode_values` for rows of given scales, prepared once for many runs of columns, all but the last multiples of four."""
     inverse = UNIT / (scale.float() * (LEVEL * t.deviation))
     inverse = torch.where((scale > 0) & torch.isfinite(inverse), inverse, 0.0).contiguous()
     table = costs_table(t.table, t.deviation)
@@ -143,8 +143,8 @@ def decode(t: Trellis, symbols: Tensor, scale: Tensor, dtype: torch.dtype = torc
 
 
 def decode_rows(t: Trellis, stream: Tensor, scale: Tensor, shape: tuple[int, int], rows: Tensor) -> Tensor:
-    """Some rows of a matrix: stream of all [N, K], scale [N], row numbers int64 [r] → fp32 [r, K]. Decodes the tiles they lie in."""
-    n, k = shape
+    """Some rows of a matrix [N, K], by decoding the tiles that they lie in: numbers int64 [r], scale [N] → fp32 [r, K]."""
+    k = shape[1]
     tiles, place = torch.unique(rows // TILE_ROWS, return_inverse=True)
     part, heights = streams_of_tiles(t, stream, shape, tiles)
     symbols = unpack(t, part, int(heights.sum()), k)
@@ -185,8 +185,8 @@ def refit(t: Trellis, w: Tensor, levels: Tensor, h: Tensor | None, start: Tensor
     scale = torch.where(torch.isfinite(best) & (best > 0), best, start.float())
     if bool((scale > _FP16_MAX).any()):
         raise FormatError(
-            f"a row of the weight needs the scale {float(scale.max()):.4g}, but fp16 ends at {_FP16_MAX:.0f}; repair the source, "
-            "or skip this tensor"
+            f"a row of the weight needs the scale {float(scale.max()):.4g}, but fp16 ends at {_FP16_MAX:.0f}; repair the "
+            "source, or skip this tensor"
         )
     return scale.to(torch.float16)
 

@@ -71,7 +71,7 @@ def _cost(w: Tensor, level: Tensor, k: int) -> Tensor:
 
 
 def _walk(table: Tensor, k: int, w: Tensor, first: Tensor, end: Tensor | None) -> Tensor:
-    """Overlaps (the last L − k bits) along the cheapest paths: w int32 [c, steps], first [c, overlaps] → int64 [c, steps + 1]."""
+    """Overlaps (last L − k bits) along the cheapest paths: w int32 [c, steps], first [c, overlaps] → int64 [c, steps + 1]."""
     overlaps, fan = first.shape[1], 1 << k
     levels = table.int().view(fan, overlaps)  # by oldest symbol and the rest of the state
     x = torch.arange(overlaps, device=w.device)

@@ -86,7 +86,7 @@ def solve(
 
 
 def _solve_trellis(w: Tensor, h: Tensor | None, fmt: Format, options: SolverOptions) -> Solution:
-    """A trellis has one solver, a sweep with feedback; of the chain it takes whether to use `h` and whether to go over it again.
+    """A trellis has one solver, a sweep with feedback; of the chain it takes whether to use `h` and whether to repeat it.
 
     `nearest` looks at the weights alone, `gptq` is the sweep, `alternate` and `descent` behind it stand for a second one. What
     rounding alone would have lost (`start`) is then not known: to find out costs as much again.
