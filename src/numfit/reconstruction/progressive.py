@@ -3,7 +3,9 @@
 Between two groups the weights that are still free move by Adam so that the block's output comes back to its target (the
 within-block fine-tuning of QuIP#, 2402.04396); only then is the next group solved, from its moved weights. Nothing discrete is
 searched by gradients, so error compensation, which gradient steps on roundings would undo, is kept: this is what pays for
-rotated weights, where a linear's codes are tightly coupled. Its price is one reconstruction per group.
+rotated weights, where a linear's codes are tightly coupled. Its price is one reconstruction per group. On block 12 of
+SmolLM2-135M, 50 steps of 512 tokens a group, held-out windows: `lm2-row`, rotated, 0.224 → 0.185 of the block's update (scales
+alone: 0.206); `lm3-row`, 40 steps, 0.065 → 0.058. Unrotated `bitmod3-g128` gains more by signed steps (signround.py).
 """
 
 from __future__ import annotations

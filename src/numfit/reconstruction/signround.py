@@ -6,7 +6,9 @@ the same, three passes over a weight. Steps fall linearly from `lr` to 0; with l
 (steps are taken at the middle of each interval of the schedule), and no clamp is needed.
 
 What it gives up: steps ignore how much a flip gains, so weights that start at a threshold flip on noise. Starts made by error
-compensation put many there; `trust` below 1 moves them inside their cells.
+compensation put many there; `trust` below 1 moves them inside their cells. On block 12 of SmolLM2-135M, from a GPTQ start in
+`bitmod3-g128`, the squared error of held-out windows fell from 0.097 to 0.056 of the block's update in 100 steps of 512 tokens
+(trust 0.75 or 0.9); from one in `lm2-row` on rotated weights it did not fall below what scales alone reach: see progressive.py.
 """
 
 from __future__ import annotations

@@ -68,10 +68,10 @@ class Options:
 
     method: str = "signround"
     iterations: int = 100
-    batch: int = 2
+    batch: int = 1
     lr: float | None = None
     momentum: float = 0.0
-    trust: float = 0.9
+    trust: float = 0.8
     scale_lr: float = 0.005
     scale_range: tuple[float, float] = (0.5, 1.5)
     tune_parents: bool = False
