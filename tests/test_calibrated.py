@@ -107,9 +107,11 @@ def test_inputs_of_the_model_quantized_so_far(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "parts",
     [
-        {"solver": "gptq"}, {"propagate": "quantized"}, {"reconstruct": "signround", "iterations": 3},
+        {"solver": "gptq"},
+        {"propagate": "quantized"},
+        {"reconstruct": "signround", "iterations": 3},
         {"reconstruct": "progressive", "iterations": 2, "solver": "gptq"},
-    ],  # fmt: skip
+    ],
 )
 def test_killed_runs_go_on_and_end_with_the_same_bytes(parts: dict[str, Any], tmp_path: Path) -> None:
     source = model_at(tmp_path / "model")

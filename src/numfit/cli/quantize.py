@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bias-correction", action="store_true", default=None, help="give mean outputs back through biases, where there are any"
     )
-    group.add_argument("--reconstruct", metavar="HOW", help="learn a layer's rounding: none, signround, adaround, tune")
-    group.add_argument("--iterations", type=int, metavar="N", help="of --reconstruct (default 200)")
+    group.add_argument("--reconstruct", metavar="HOW", help="learn a layer as a whole: none, signround, adaround, tune, progressive, auto")
+    group.add_argument("--iterations", type=int, metavar="N", help="of --reconstruct (default 150; 40 for progressive)")
     group.add_argument(
         "--propagate", metavar="STREAM", help="inputs of a layer: of the original model (default), or the quantized so far"
     )

@@ -375,8 +375,14 @@ class Walk:
             seen = self._gather(k, set(group), quantized=True)
             return self._solve(k, [planned[name] for name in group], current, seen, notes)
 
+        if not named:
+            return alone
         weights = {name: tensors[name] for name in named}
-        learned = learn_in_turn(self._runner(k), list(groups.values()), weights, solve, *self._inputs_and_targets(k), self.parts)
+        fmt = planned[named[0]].format
+        assert fmt is not None
+        learned = learn_in_turn(
+            self._runner(k), list(groups.values()), weights, solve, *self._inputs_and_targets(k), self.parts, fmt.bits
+        )
         return [*alone, *learned]
 
 

@@ -41,19 +41,19 @@ def learn(run: Run, solved: Sequence[Solved], inputs: Tensor, targets: Tensor, p
     fixed = {item.name: item.packed.dequantize() for item in solved if item.packed is not None}
     if not states:
         return list(solved)
-    after, _ = reconstruct(lambda w, x: run({**fixed, **w}, x), states, inputs, targets, options(parts, len(inputs)))
+    after, _ = reconstruct(lambda w, x: run({**fixed, **w}, x), states, inputs, targets, options(parts, len(inputs), solved[0].format.bits))
     return [updated(item, after) for item in solved]
 
 
 def learn_in_turn(
     run: Run, groups: Sequence[Sequence[str]], weights: Mapping[str, Tensor], solve: Solve, inputs: Tensor, targets: Tensor,
-    parts: Parts,
+    parts: Parts, bits: int,
 ) -> list[Solved]:  # fmt: skip
     """Solve groups of linears in turn; after each, what is not solved yet learns to make up for the loss.
 
     Args:
         groups: names, in the order in which the layer applies them. weights: of all of them, fp32.
-        solve: the linears of a group, given all weights as they stand.
+        solve: the linears of a group, given all weights as they stand. bits: of their codes.
     """
     items: dict[str, Solved] = {}
 
@@ -62,19 +62,18 @@ def learn_in_turn(
         items.update(found)
         return {name: state(item) for name, item in found.items()}
 
-    after, _ = progressive(run, groups, weights, states, inputs, targets, options(parts, len(inputs)))
+    after, _ = progressive(run, groups, weights, states, inputs, targets, options(parts, len(inputs), bits))
     return [updated(item, after) for item in items.values()]
 
 
-def options(parts: Parts, windows: int) -> Options:
-    """Reconstruction's options from a recipe."""
+def options(parts: Parts, windows: int, bits: int) -> Options:
+    """Reconstruction's options from a recipe, for codes of so many bits."""
     holdout = HOLDOUT if windows >= 4 * HOLDOUT else 0
+    steps = parts.iterations
     if parts.reconstruct == "progressive":
-        return Options(
-            method="tune", iterations=parts.iterations, batch=2, extra_lr=0.01, scale_lr=0.003, checks=1, holdout=holdout
-        )
-    trust = 0.9 if "gptq" in parts.solver or "descent" in parts.solver else 1.0
-    return Options(method=parts.reconstruct, iterations=parts.iterations, batch=2, holdout=holdout, trust=trust)
+        step = 0.01 if bits <= 2 else 0.005
+        return Options("tune", steps, batch=1, holdout=holdout, extra_lr=step, scale_lr=0.003, checks=1)
+    return Options(parts.reconstruct, steps, batch=1, holdout=holdout, trust=0.75)
 
 
 def state(item: Solved) -> State:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from numfit.errors import OptionError, require
+from numfit.formats import Format
 
 RECIPE = "recipe.yaml"
 TRANSFORMS = ("none", "smooth", "awq", "osplus", "permute", "fold")
-RECONSTRUCTIONS = ("none", "signround", "adaround", "tune", "progressive")
+RECONSTRUCTIONS = ("none", "auto", "signround", "adaround", "tune", "progressive")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Parts:
         transform: a function-preserving rewrite of each layer before: none, smooth, awq, osplus, permute or fold.
         bias_correction: add what rounding takes from a linear's mean output to its bias, where it has one.
         reconstruct: what is learned of each layer as a whole: none, signround or adaround (codes and scales), tune (scales), or
-            progressive (weights that are not solved yet, while the others are solved in turn).
-        iterations: of `reconstruct`.
+            progressive (weights that are not solved yet, while the others are solved in turn); auto: progressive for
+            rotated types, whose codes depend on each other too much to be learned, signround for others.
+        iterations: of `reconstruct`; 0: 40 for progressive, which takes them for every group of linears, 150 for others.
         propagate: whether a layer's inputs are those of the original model, or of the model quantized so far.
         retarget: share of the upstream error that each linear compensates for (QEP), 0 to 1.
         windows, context: of the calibration text.
@@ -44,7 +46,7 @@ class Parts:
     transform: str = "none"
     bias_correction: bool = False
     reconstruct: str = "none"
-    iterations: int = 200
+    iterations: int = 0
     propagate: str = "original"
     retarget: float = 0.0
     windows: int = 32
@@ -61,8 +63,16 @@ class Parts:
             raise OptionError(f"--retarget is a share between 0 and 1, not {self.retarget}")
         if not 0 < self.damp < 100:
             raise OptionError(f"--damp is a positive share of H's mean diagonal, usually 0.01, not {self.damp}")
-        if self.iterations < 1:
+        if self.iterations < 0:
             raise OptionError(f"--iterations is at least 1, not {self.iterations}")
+
+    def settled(self, fmt: Format) -> Parts:
+        """The parts with everything said that was left to be chosen, for linears of a format."""
+        how = self.reconstruct
+        if how == "auto":
+            how = "progressive" if fmt.side.rotation is not None or fmt.trellis is not None else "signround"
+        steps = self.iterations or (40 if how == "progressive" else 150)
+        return replace(self, reconstruct=how, iterations=steps)
 
     @property
     def needs_quantized(self) -> bool:
@@ -74,7 +84,7 @@ PRESETS = {
     "fast": Parts(),
     "balanced": Parts(solver="gptq"),
     "quality": Parts(solver="gptq+alternate+descent"),
-    "extreme": Parts(solver="gptq+alternate+descent", reconstruct="signround"),
+    "extreme": Parts(solver="gptq", reconstruct="auto", propagate="quantized"),
 }
 # What a recipe file says beside the parts: the options of `quantize` that need no text.
 COMMON = ("format", "embedding", "rules", "skip", "scale_rule", "shard_size")

@@ -41,6 +41,7 @@ from numfit.pipeline import partial as unfinished
 from numfit.pipeline.finish import already_there, finish
 from numfit.pipeline.layers import Calibration, Results, read_calibration, solve_layers
 from numfit.pipeline.memory import peak_bytes
+from numfit.pipeline.options import as_format
 from numfit.pipeline.partial import Journal, Record
 from numfit.pipeline.planning import Plan, PlannedTensor, make_plan, rule_for
 from numfit.pipeline.progress import Progress
@@ -102,7 +103,8 @@ def quantize(
         task = None
         if chosen is not None:
             assert calibration is not None
-            task = Calibration(chosen, read_calibration(calibration), Path(statistics) if statistics else None)
+            parts_in_full = chosen.settled(as_format(format))
+            task = Calibration(parts_in_full, read_calibration(calibration), Path(statistics) if statistics else None)
             plan = replace(plan, recipe={**plan.recipe, **task.recipe})
         return _carry_out(source, plan, out, progress, task)
 
