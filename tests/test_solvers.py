@@ -455,6 +455,17 @@ def test_odd_shapes(name: str, shape: tuple[int, int]) -> None:
         assert torch.isfinite(decode(fmt, s.codes, s.params)).all()
 
 
+def test_ridge_is_a_larger_second_moment() -> None:
+    w, h = _layer(8, 64)
+    fmt = format("mant4-g32")
+    ridged = h + 0.5 * h.diagonal().double().mean().float() * torch.eye(64)
+    a, b = solve(w, h, fmt, SolverOptions.parse("gptq+descent", ridge=0.5)), solve(w, ridged, fmt, "gptq+descent")
+    assert a.loss == pytest.approx(b.loss, rel=1e-3)
+    plain = solve(w, h, fmt, "gptq+descent")
+    errors = [float((decode(fmt, s.codes, s.params) - w).square().sum()) for s in (a, plain)]
+    assert errors[0] < errors[1]  # nearer to the weights
+
+
 def test_importance_option() -> None:
     w, h = _layer(8, 64)
     fmt = format("int3-g32")

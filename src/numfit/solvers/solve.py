@@ -75,6 +75,9 @@ def solve(
     if options.beta > 0 and cross is not None:
         w = retarget(w, h, cross.to(w.device), options.beta)
         notes.append(f"retargeted with beta {options.beta:g}")
+    if options.ridge > 0 and dead < k:
+        h = h.clone()
+        h.diagonal().add_(options.ridge * float(h.diagonal().double().mean()))
     importance = h.diagonal().clone() if options.importance else None
     problem = Problem(w, h, fmt, options, importance, None if cross is None else cross.to(w.device), notes)
     state = nearest(problem)
