@@ -87,12 +87,13 @@ def part_gemv(options: argparse.Namespace, threads: int) -> tuple[list[dict[str,
         bits = trellis(peer.name).bits
         theirs = f"ggml {RIVALS[bits]}"
         if theirs in t:
-            must, wish = BARS[bits]
-            goals.append(kernels.Goal(f"{peer.name} against {theirs}, {threads} thread(s)", must, wish, t[theirs].over(t[peer.name])))
+            what = f"{peer.name} against {theirs}, {threads} thread(s)"
+            goals.append(kernels.Goal(what, *BARS[bits], t[theirs].over(t[peer.name])))
         goals.append(kernels.Goal(f"{peer.name} ÷ roof of its bytes", 0, 1, t[f"roof of {peer.name}"].over(t[peer.name])))
+    everybody = {p.name: t[p.name] for p in [*own, *scalar, *rivals, *streams]}
     rows = [
-        {"name": p.name, "threads": threads, "bytes": p.bytes, "median_us": t[p.name].median * 1e6, "p10_us": t[p.name].p10 * 1e6}
-        for p in [*own, *scalar, *rivals, *streams]
+        {"name": name, "threads": threads, "bytes": one.peer.bytes, "median_us": one.median * 1e6, "p10_us": one.p10 * 1e6}
+        for name, one in everybody.items()
     ]
     return rows, goals
 

@@ -4,7 +4,7 @@
 
 A code is a linear hash over GF(2) of the state into sorted levels. Row b < k of its matrix holds bit k − 1 − b of the newest
 symbol and none of its other bits, so that the 2**k branches of a state fall into the 2**k ranges of levels; everything else
-is drawn at random. Levels start as centroids of equally probable ranges of a Gaussian and are trained in rounds of Lloyd's algorithm:
+is drawn at random. Levels start as centroids of equally probable ranges of a Gaussian and are trained by Lloyd's algorithm:
 encode samples, replace each level by the mean of what it encoded. Level i and its complement stay negatives of each other. Of
 many draws, each trained for a few rounds, the best few are trained on, rounded to int8 and measured on samples of their own.
 For `table` the hash has as many rows as the state has bits; its trained levels, in the order of states, are the table.

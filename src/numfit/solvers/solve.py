@@ -11,7 +11,6 @@ from numfit.formats.codec import decode, encode
 from numfit.formats.fit import fit
 from numfit.formats.format import Format
 from numfit.formats.params import Params
-from numfit.formats.trellis import LEVEL
 from numfit.solvers.alternate import alternate
 from numfit.solvers.blocks import blocks
 from numfit.solvers.descent import descent
@@ -106,7 +105,6 @@ def _solve_trellis(w: Tensor, h: Tensor | None, fmt: Format, options: SolverOpti
     again = any(step in ("alternate", "descent") for step in options.steps)
     blind = options.steps == ("nearest",)
     found = solve_trellis(w, None if blind else h, fmt.trellis, damping=options.damp, sweeps=int(again))
-    scale = found.scale.float()[:, None]
-    error = w - scale * (found.levels.float() * LEVEL)
+    error = w - found.weight()
     loss = float(error.double().square().sum() if h is None else row_losses(error, h).sum())
-    return Solution(found.symbols, Params(scale), loss, loss)
+    return Solution(found.symbols, Params(found.scale.float()[:, None]), loss, loss)

@@ -34,13 +34,15 @@ class TrellisSolution:
         symbols: uint8 [N, K].
         scale: fp16 [N].
         levels: int8 [N, K], what the symbols decode to.
-        loss: Σ over rows of (w − q) H (w − q)ᵀ; without H the squared error.
     """
 
     symbols: Tensor
     scale: Tensor
     levels: Tensor
-    loss: float
+
+    def weight(self) -> Tensor:
+        """fp32 [N, K]."""
+        return self.scale.float()[:, None] * (self.levels.float() * LEVEL)
 
 
 def solve_trellis(
@@ -66,15 +68,13 @@ def solve_trellis(
     start = start_scale(trellis, w)
     if h is None:
         symbols, levels = encode_values(trellis, w, start)
-        scale = refit(trellis, w, levels, None, start)
-        return TrellisSolution(symbols, scale, levels, _loss(w, levels, scale, None))
+        return TrellisSolution(symbols, refit(trellis, w, levels, None, start), levels)
     h = _second_moment(h, w.shape[1], w.device)
     symbols, levels = _sweep(w, _factor(h, damping), trellis, start)
     for _ in range(sweeps):
         symbols, levels = _again(w, h, trellis, start, symbols, levels)
         start = refit(trellis, w, levels, h, start).float()
-    scale = refit(trellis, w, levels, h, start)
-    return TrellisSolution(symbols, scale, levels, _loss(w, levels, scale, h))
+    return TrellisSolution(symbols, refit(trellis, w, levels, h, start), levels)
 
 
 def _second_moment(h: Tensor, k: int, device: torch.device) -> Tensor:
@@ -159,7 +159,3 @@ def _again(w: Tensor, h: Tensor, trellis: Trellis, scale: Tensor, symbols: Tenso
             pull -= change @ h[own, b:end]
     return symbols, levels
 
-
-def _loss(w: Tensor, levels: Tensor, scale: Tensor, h: Tensor | None) -> float:
-    error = w - scale.float()[:, None] * LEVEL * levels
-    return float((error * (error if h is None else error @ h)).double().sum())
