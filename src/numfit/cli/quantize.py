@@ -51,12 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not weight errors by the inputs' mean squares when scales are chosen",
     )  # fmt: skip
     group.add_argument(
-        "--transform", metavar="NAME", help="a function-preserving rewrite before: none (default), smooth, awq, osplus, permute, fold"
-    )
+        "--transform", metavar="NAME",
+        help="a function-preserving rewrite before: none (default), smooth, awq, osplus, permute, fold",
+    )  # fmt: skip
     group.add_argument(
-        "--bias-correction", action="store_true", default=None, help="give mean outputs back through biases, where there are any"
+        "--bias-correction", action="store_true", default=None,
+        help="give mean outputs back through biases, where there are any",
+    )  # fmt: skip
+    group.add_argument(
+        "--reconstruct", metavar="HOW", help="learn a layer as a whole: none, signround, adaround, tune, progressive, auto"
     )
-    group.add_argument("--reconstruct", metavar="HOW", help="learn a layer as a whole: none, signround, adaround, tune, progressive, auto")
     group.add_argument("--iterations", type=int, metavar="N", help="of --reconstruct (default 150; 40 for progressive)")
     group.add_argument(
         "--propagate", metavar="STREAM", help="inputs of a layer: of the original model (default), or the quantized so far"
@@ -75,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def calibration(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of calibration that were given, as those of `numfit.quantize`."""
     names = (
-        "calibration", "recipe", "solver", "order", "damp", "importance", "transform", "bias_correction", "reconstruct", "iterations", "propagate",
-        "retarget", "windows", "context", "statistics",
+        "calibration", "recipe", "solver", "order", "damp", "importance", "transform", "bias_correction", "reconstruct",
+        "iterations", "propagate", "retarget", "windows", "context", "statistics",
     )  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if not given.get("calibration", "hub:").startswith("hub:"):

@@ -1,7 +1,8 @@
 """Corrections: what is added to a quantized layer to give back a part of what rounding took.
 
 Pure functions of the error E = W − Ŵ [N, K] and of what is known about the inputs x: their second moment H [K, K], its
-diagonal, their mean. What they return is stored as side terms of a format (low-rank, sparse), or in a bias; the bits are counted where it is stored. Where the format rotates its inputs, E and H are those of the rotated ones.
+diagonal, their mean. What they return is stored as side terms of a format (low-rank, sparse) or in a bias; the bits are
+counted where it is stored. Where the format rotates its inputs, E and H are those of the rotated ones.
 """
 
 from numfit.corrections.bias import bias_shift, fold_shift, mean_shift

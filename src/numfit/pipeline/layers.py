@@ -12,14 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,98 +31,10 @@ from numfit.pipeline.linear import FEW, Solved, finish, round_only, solve_linear
 from numfit.pipeline.partial import LAYERS
 from numfit.pipeline.planning import Plan, PlannedTensor
 from numfit.pipeline.progress import Progress
-from numfit.pipeline.recipe import Parts, as_recipe
+from numfit.pipeline.results import Calibration, Results
 from numfit.pipeline.rewrite import rewrite_layer
 from numfit.structure import decoder_map
-from numfit.text import calibration_windows, read_dataset, read_text
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The calibrated part of a run: what is done, on which text, and where statistics are kept, if they are."""
-
-    parts: Parts
-    text: str
-    statistics: Path | None = None
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What the recipe says of it."""
-        sha256 = hashlib.sha256(self.text.encode("utf-8", errors="surrogatepass")).hexdigest()
-        return {**as_recipe(self.parts), "calibration": f"text of sha256 {sha256}"}
-
-
-def read_calibration(text: str | Path) -> str:
-    """The calibration text: of a file, of a data set ("hub:NAME[:CONFIG[:SPLIT]]"), or the text itself.
-
-    Raises:
-        NumfitError: the file cannot be used.
-    """
-    name = str(text)
-    if name.startswith("hub:"):
-        return read_dataset(name.removeprefix("hub:"))
-    return read_text(text) if isinstance(text, Path) or os.path.isfile(name) else name
-
-
-class Results:
-    """The solved tensors of finished layers, read from their files when asked for."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.home: dict[str, Path] = {}
-        self.errors: dict[str, float] = {}
-        self.notes: list[str] = []
-        self.tokens = 0
-        self.seconds = {"statistics": 0.0, "solving": 0.0, "learning": 0.0}  # of this run
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Count the time inside as that of a part."""
-        started = time.monotonic()
-        yield
-        self.seconds[part] += time.monotonic() - started
-
-    @property
-    def account(self) -> dict[str, Any]:
-        """What the manifest says of the calibration."""
-        return {"tokens": self.tokens, "layers": len(set(self.home.values())), "notes": self.notes}
-
-    def take_up(self, k: int) -> dict[str, Any] | None:
-        """Learn of layer k's file; returns what it says of itself, or None where it is missing or damaged."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self.directory / f"{k:05d}.safetensors"
-        try:
-            with safe_open(str(path), "pt") as file:
-                said: dict[str, Any] = json.loads(file.metadata()["layer"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return None
-        self.errors |= said["errors"]
-        self.home |= dict.fromkeys([*said["errors"], *said["rewritten"]], path)
-        self.notes += said["notes"]
-        return said
-
-    def save(self, k: int, planes: Mapping[str, Tensor], said: dict[str, Any]) -> None:
-        """Write layer k's file in one step, and take it up."""
-        from safetensors.torch import save_file
-
-        path = self.directory / f"{k:05d}.safetensors"
-        part = path.with_name(path.name + ".part")
-        save_file({n: t.contiguous() for n, t in planes.items()}, str(part), metadata={"layer": json.dumps(said)})
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        self.take_up(k)
-
-    def read(self, tensor: PlannedTensor) -> dict[str, Tensor] | None:
-        """What the checkpoint will hold of a tensor, by the names of its slots; None where it was not solved here."""
-        from safetensors import safe_open
-
-        if tensor.name not in self.home:
-            return None
-        names = [plane_name(tensor.name, p) for p in tensor.format.planes(tensor.shape)] if tensor.format else [tensor.name]
-        with safe_open(str(self.home[tensor.name]), "pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+from numfit.text import calibration_windows
 
 
 class Walk:
@@ -357,9 +264,10 @@ class Walk:
         return self.quantized.open(k), self.original.open(k + 1)
 
     def _in_turn(
-        self, k: int, mine: list[PlannedTensor], tensors: dict[str, Tensor], statistics: Mapping[Key, Statistics], notes: list[str]
-    ) -> list[Solved]:
-        """Solve groups of linears that share an input one after the other; those still to come learn to make up for the loss."""
+        self, k: int, mine: list[PlannedTensor], tensors: Mapping[str, Tensor], statistics: Mapping[Key, Statistics],
+        notes: list[str],
+    ) -> list[Solved]:  # fmt: skip
+        """Solve linears that share an input together, one such group after the other; what is left learns to make up."""
         places, planned = _places(self.blocks, k), {tensor.name: tensor for tensor in mine}
         home = {places[name][0]: name for name in planned if len(places.get(name, [])) == 1 and places[name][0][1] is None}
         groups: dict[int, list[str]] = {}

@@ -41,7 +41,8 @@ def learn(run: Run, solved: Sequence[Solved], inputs: Tensor, targets: Tensor, p
     fixed = {item.name: item.packed.dequantize() for item in solved if item.packed is not None}
     if not states:
         return list(solved)
-    after, _ = reconstruct(lambda w, x: run({**fixed, **w}, x), states, inputs, targets, options(parts, len(inputs), solved[0].format.bits))
+    how = options(parts, len(inputs), solved[0].format.bits)
+    after, _ = reconstruct(lambda w, x: run({**fixed, **w}, x), states, inputs, targets, how)
     return [updated(item, after) for item in solved]
 
 

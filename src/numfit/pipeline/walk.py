@@ -39,13 +39,14 @@ from numfit.errors import CheckpointError, FormatError, OptionError
 from numfit.formats import Format, QuantizedTensor, quantize_tensor
 from numfit.pipeline import partial as unfinished
 from numfit.pipeline.finish import already_there, finish
-from numfit.pipeline.layers import Calibration, Results, read_calibration, solve_layers
+from numfit.pipeline.layers import solve_layers
 from numfit.pipeline.memory import peak_bytes
 from numfit.pipeline.options import as_format
 from numfit.pipeline.partial import Journal, Record
 from numfit.pipeline.planning import Plan, PlannedTensor, make_plan, rule_for
 from numfit.pipeline.progress import Progress
 from numfit.pipeline.recipe import choose
+from numfit.pipeline.results import Calibration, Results, read_calibration
 from numfit.threads import cpu_threads
 from numfit.version import VERSION
 
@@ -84,7 +85,8 @@ def quantize(
 
     Returns:
         {"status": "written" or "already there", "out", "tensors", "kept", "resumed", "seconds", "spent": of a calibrated
-        run, seconds by part, "peak_memory_bytes", "file_bytes", "totals": see `Plan.totals`, "worst": [[tensor, relative squared error], …], "warnings"}.
+        run, seconds by part, "peak_memory_bytes", "file_bytes", "totals": see `Plan.totals`, "worst": [[tensor, relative
+        squared error], …], "warnings"}.
 
     Raises:
         CheckpointError: the source is damaged or holds NaN or Inf, or the output cannot be written.
