@@ -239,14 +239,16 @@ def speed(args: argparse.Namespace) -> None:
     print(f"{heads} heads of {dim}, {length} tokens, {torch.get_num_threads()} threads; medians of {args.repeat}")
     for name, run in runs.items():
         slow = "PyTorch" in name or "decoded" in name
-        times = []
+        times, cpu = [], []
         with torch.inference_mode():
             run()
             for _ in range(3 if slow else args.repeat):
-                started = time.perf_counter()
+                started = time.perf_counter(), time.process_time()
                 run()
-                times.append(time.perf_counter() - started)
-        print(f"{name:38} {statistics.median(times) * 1e3:9.2f} ms   {min(times) * 1e3:9.2f} ms least")
+                times.append(time.perf_counter() - started[0])
+                cpu.append(time.process_time() - started[1])
+        wall, used = (statistics.median(t) * 1e3 for t in (times, cpu))
+        print(f"{name:38} {wall:9.2f} ms, least {min(times) * 1e3:9.2f} ms; {used:9.2f} ms of CPU time", flush=True)
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ def kind(stream: Stream, dim: int) -> Kind | None:
             return None
         table = tables(fmt.members, fmt.rounding, torch.device("cpu")).levels.float().view(len(fmt.members), -1)
         bits = fmt.member_bits
-        if not torch.isfinite(table).all() or bits not in (0, 1, 2, 4, 8):
+        if not torch.isfinite(table).all():
             return None
         levels = table.repeat(1, _LEVELS // table.shape[1]).contiguous()
         return Kind(fmt.bits, row, g.block, 0 if shared else g.unit, bits, 0, levels)

@@ -44,7 +44,7 @@ const char *problem(const nf_stream &s, int64_t dim, int64_t block) {
     if (!power_of_two(s.group) || s.group < 16 || s.group > s.row) return "groups are powers of two from 16 to the row here";
     if (s.channel ? block % s.row != 0 : s.row != dim) return "rows do not fit the heads, or the blocks";
     if (s.unit && (s.unit < 64 || s.row % s.unit || !s.levels || !s.member || s.members < 1)) return "members are shared by 64 or more here";
-    if (s.unit && s.member_bits != 1 && s.member_bits != 2 && s.member_bits != 4 && s.member_bits != 8) return "members have 1, 2, 4 or 8 bits here";
+    if (s.unit && (s.member_bits < 1 || s.member_bits > 8)) return "members have 1 to 8 bits";
     if (!s.unit && s.members > 1) return "members without a unit";
     if (!s.codes || !s.scale) return "a plane is null";
     return nullptr;

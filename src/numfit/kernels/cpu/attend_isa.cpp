@@ -106,12 +106,36 @@ static inline void widen(const uint16_t *from, float *to, int64_t n) {
     }
 }
 
+// Sixteen unsigned numbers as int32.
+static inline I widened(const uint8_t *p) {
+#if defined(__AVX512F__)
+    return I(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+#elif defined(__AVX2__)
+    union { I v; __m256i h[2]; } out;
+    for (int i = 0; i < 2; i++) out.h[i] = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p + 8 * i)));
+    return out.v;
+#else
+    return __builtin_convertvector(*reinterpret_cast<const B16 *>(p), I);
+#endif
+}
+static inline I widened(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return I(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))));
+#elif defined(__AVX2__)
+    union { I v; __m256i h[2]; } out;
+    for (int i = 0; i < 2; i++) out.h[i] = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p + 8 * i)));
+    return out.v;
+#else
+    return __builtin_convertvector(*reinterpret_cast<const H16 *>(p), I);
+#endif
+}
+
 // Sixteen lanes of `bits` bytes, and no byte more.
 template <int bits> static inline I lanes(const uint8_t *p) {
     if constexpr (bits == 4) {
         return *reinterpret_cast<const LooseI *>(p);
     } else if constexpr (bits == 2) {
-        return __builtin_convertvector(*reinterpret_cast<const H16 *>(p), I);
+        return widened(reinterpret_cast<const uint16_t *>(p));
     } else {
 #if defined(__AVX512VBMI__)
         alignas(64) static const uint8_t place[64] = {0,  1,  2,  63, 3,  4,  5,  63, 6,  7,  8,  63, 9,  10, 11, 63, 12, 13, 14, 63, 15, 16,
@@ -127,35 +151,43 @@ template <int bits> static inline I lanes(const uint8_t *p) {
     }
 }
 
+template <int n> struct Number { static constexpr int value = n; };
+
+// Written out, so that an array indexed by k is registers from the start.
+#define NF_EIGHT(step) step(0) step(1) step(2) step(3) step(4) step(5) step(6) step(7)
+
 // How the lines of one block of a stream are read.
 template <int bits, int tables> struct Lines {  // tables: 0 codes are levels, 1 one table, 2 a table for each half of a line
+    static constexpr int kBits = bits;
+    typedef uint32_t U __attribute__((vector_size(64)));
     const nf_stream &s;
     const uint8_t *codes;
     const float *table;  // 16 floats, the levels repeated
     const float *both;   // [lines][32], tables == 2
 
-    // f(k, values) for the eight vectors of line i
-    template <class Each> inline void each(int64_t i, const Each &f) const {
+    // Vector k of a line's codes (8 bits: from memory; else from its lanes w), as numbers.
+    template <int k> inline F value(const uint8_t *p, U w, const float *t, int32_t zero) const {
         if constexpr (bits == 8) {
-            const uint8_t *p = codes + i * kLine;
-#pragma GCC unroll 8
-            for (int k = 0; k < 8; k++) {
-                const I c = __builtin_convertvector(*reinterpret_cast<const B16 *>(p + 16 * k), I);
-                f(k, __builtin_convertvector(c - s.zero, F));
-            }
+            return __builtin_convertvector(widened(p + 16 * k) - zero, F);
         } else {
-            const I w = lanes<bits>(codes + i * 16 * bits);
+            const I c = I(w >> (k * bits));
             const I half = {0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
-#pragma GCC unroll 8
-            for (int k = 0; k < 8; k++) {
-                const I c = I(reinterpret_cast<const U &>(w) >> (k * bits));
-                if constexpr (tables == 2) f(k, pick32(both + 32 * i, (c & 15) | half));
-                else if constexpr (tables == 1) f(k, pick16(table, c));
-                else f(k, __builtin_convertvector((c & ((1 << bits) - 1)) - s.zero, F));
-            }
+            if constexpr (tables == 2) return pick32(t, (c & 15) | half);
+            else if constexpr (tables == 1) return pick16(t, c);
+            else return __builtin_convertvector((c & ((1 << bits) - 1)) - zero, F);
         }
     }
-    typedef uint32_t U __attribute__((vector_size(64), may_alias));
+    // f(Number<k>, values) for the eight vectors of line i
+    template <class Each> inline void each(int64_t i, const Each &f) const {
+        const uint8_t *p = codes + i * 16 * bits;
+        U w = {};
+        if constexpr (bits < 8) w = U(lanes<bits>(p));
+        const float *t = tables == 2 ? both + 32 * i : table;
+        const int32_t zero = s.zero;
+#define NF_STEP(k) f(Number<k>{}, value<k>(p, w, t, zero));
+        NF_EIGHT(NF_STEP)
+#undef NF_STEP
+    }
 };
 
 // Which group of a line a lane (bits < 8) or a vector (8 bits) belongs to, and how lines and rows lie to one another.
@@ -176,7 +208,7 @@ struct Shape {
 static void read_groups(const nf_stream &s, int64_t block, int64_t head, int64_t capacity, int64_t rows, float *scale, float *low) {
     const int64_t groups = s.row / s.group, at = head * capacity * groups;
     widen(s.scale[block] + at, scale, rows * groups);
-    if (s.low) widen(s.low[block] + at, low, rows * groups);
+    if (low) widen(s.low[block] + at, low, rows * groups);
 }
 
 // Tables of the lines of a block: [lines][32].
@@ -185,7 +217,9 @@ static void read_members(const nf_stream &s, int64_t block, int64_t head, int64_
     const uint8_t *from = s.member[block] + head * capacity * bytes;
     const auto table = [&](int64_t value) {
         const int64_t r = value / s.row, u = value % s.row / s.unit, bit = u * s.member_bits;
-        const int m = from[r * bytes + bit / 8] >> (bit % 8) & ((1 << s.member_bits) - 1);
+        const uint8_t *p = from + r * bytes + bit / 8;
+        const int pair = bit % 8 + s.member_bits > 8 ? p[0] | p[1] << 8 : p[0];
+        const int m = pair >> (bit % 8) & ((1 << s.member_bits) - 1);
         return s.levels + (m < s.members ? m : 0) * kLevels;
     };
     for (int64_t i = 0; i < lines; i++) {
@@ -193,8 +227,6 @@ static void read_members(const nf_stream &s, int64_t block, int64_t head, int64_
         store(both + 32 * i + 16, load(table(i * kLine + kLine / 2)));
     }
 }
-
-template <int n> struct Number { static constexpr int value = n; };
 
 // Calls f(lines) with what reads the block.
 template <class Call>
@@ -219,7 +251,7 @@ static void arrange(const nf_stream &s, const Shape &shape, const float *x, floa
         for (int l = 0; l < 16; l++) {
             float total = 0.0f;
             for (int k = 0; k < 8; k++) {
-                const int64_t j = (part * kLine + (s.bits == 8 ? 16 * k + l : 8 * l + k)) % s.row;
+                const int64_t j = (part * kLine + (s.bits == 8 ? 16 * k + l : 8 * l + k)) & (s.row - 1);
                 out[(part * 8 + k) * 16 + l] = x[j];
                 total += x[j];
             }
@@ -232,34 +264,44 @@ static void arrange(const nf_stream &s, const Shape &shape, const float *x, floa
 template <class L>
 static void dot(const L &lines, const nf_stream &s, const Shape &shape, int64_t rows, const float *scale, const float *low, const float *x,
                 const float *sums, float *y) {
-    if (s.bits == 8) {  // groups are whole vectors
+    const int64_t count = rows * s.row / kLine;
+    if constexpr (L::kBits == 8) {  // groups are whole vectors
         const int64_t n = s.row / 16;
-        for (int64_t i = 0; i < rows * s.row / kLine; i++) {
+        int shift = 4;  // group = 1 << shift
+        while (int64_t{1} << shift < s.group) shift++;
+        for (int64_t i = 0; i < count; i++) {
             F acc[8];
             const float *xs = x + i % shape.parts * 128;
-            lines.each(i, [&](int k, F v) { acc[k] = v * load(xs + 16 * k); });
-            for (int k = 0; k < 8; k++) {
-                const int64_t g = (i * kLine + 16 * k) / s.group;
-                acc[k] = acc[k] * splat(scale[g]);
-                if (s.low) acc[k] = fma(splat(low[g]), load(xs + 16 * k), acc[k]);
-            }
-            for (int k = 0; k < 8;) {  // vectors of one row
-                const int64_t row = (i * kLine + 16 * k) / s.row;
-                F total = acc[k++];
-                while (k < 8 && k % n) total = total + acc[k++];
-                const float part = sum(total);
+            lines.each(i, [&](auto number, F v) {
+                constexpr int k = decltype(number)::value;
+                const int64_t g = (i * kLine + 16 * k) >> shift;
+                acc[k] = v * load(xs + 16 * k) * splat(scale[g]);
+                if (low) acc[k] = fma(splat(low[g]), load(xs + 16 * k), acc[k]);
+            });
+            if (n >= 8) {
+                const float part = sum(((acc[0] + acc[1]) + (acc[2] + acc[3])) + ((acc[4] + acc[5]) + (acc[6] + acc[7])));
+                const int64_t row = i / shape.parts;
                 y[row] = i % shape.parts ? y[row] + part : part;
+                continue;
+            }
+            for (int r = 0; r < 8 / n; r++) {  // rows of a line: two or four
+                F total = acc[r * n];
+                for (int k = 1; k < n; k++) total = total + acc[r * n + k];
+                y[i * 8 / n + r] = sum(total);
             }
         }
         return;
     }
-    for (int64_t i = 0; i < rows * s.row / kLine; i++) {
+    for (int64_t i = 0; i < count; i++) {
         const float *xs = x + i % shape.parts * 128;
         F acc[2] = {};
-        lines.each(i, [&](int k, F v) { acc[k % 2] = fma(v, load(xs + 16 * k), acc[k % 2]); });
+        lines.each(i, [&](auto number, F v) {
+            constexpr int k = decltype(number)::value;
+            acc[k % 2] = fma(v, load(xs + 16 * k), acc[k % 2]);
+        });
         const F factor = pick16(scale + shape.base(i), shape.lane_group);
         F total = (acc[0] + acc[1]) * factor;
-        if (s.low) total = fma(pick16(low + shape.base(i), shape.lane_group), load(sums + i % shape.parts * 16), total);
+        if (low) total = fma(pick16(low + shape.base(i), shape.lane_group), load(sums + i % shape.parts * 16), total);
         if (s.row >= kLine) {
             const int64_t row = i / shape.parts;
             const float part = sum(total);
@@ -279,32 +321,46 @@ static void dot(const L &lines, const nf_stream &s, const Shape &shape, int64_t 
 template <class L>
 static void accumulate(const L &lines, const nf_stream &s, const Shape &shape, int64_t rows, const float *scale, const float *low,
                        const float *a, float *work, float *y) {
-    const int64_t groups = s.row / s.group, count = rows * groups;
-    float *by_scale = work, *by_low = work + count + 16;
-    for (int64_t i = 0; i < count; i++) by_scale[i] = a[i / groups] * scale[i];
-    if (s.low)
-        for (int64_t i = 0; i < count; i++) by_low[i] = a[i / groups] * low[i];
+    const int64_t groups = s.row / s.group, lines_of_rows = rows * s.row / kLine;
+    float *by_scale = work, *by_low = work + rows * groups + 16;
+    if (groups == 1) {
+        for (int64_t r = 0; r < rows; r++) by_scale[r] = a[r] * scale[r];
+        for (int64_t r = 0; r < rows && low; r++) by_low[r] = a[r] * low[r];
+    } else {
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t g = r * groups; g < (r + 1) * groups; g++) by_scale[g] = a[r] * scale[g];
+        for (int64_t r = 0; r < rows && low; r++)
+            for (int64_t g = r * groups; g < (r + 1) * groups; g++) by_low[g] = a[r] * low[g];
+    }
+    int shift = 4;  // group = 1 << shift
+    while (int64_t{1} << shift < s.group) shift++;
+    constexpr bool bytes = L::kBits == 8;
     for (int64_t part = 0; part < shape.parts; part++) {
         F acc[8] = {}, rest[8] = {};  // rest: the lows, by lane, or by vector for 8 bits
-        const int64_t n = rows * s.row / kLine;
-        for (int64_t i = part; i < n; i += shape.parts) {
-            const int64_t base = shape.base(i);
-            if (s.bits == 8) {
-                lines.each(i, [&](int k, F v) {
-                    const int64_t g = base + (16 * k) / s.group;
+        for (int64_t i = part; i < lines_of_rows; i += shape.parts) {
+            if constexpr (bytes) {
+                lines.each(i, [&](auto number, F v) {
+                    constexpr int k = decltype(number)::value;
+                    const int64_t g = (i * kLine + 16 * k) >> shift;
                     acc[k] = fma(v, splat(by_scale[g]), acc[k]);
-                    if (s.low) rest[k] = rest[k] + splat(by_low[g]);
+                    if (low) rest[k] = rest[k] + splat(by_low[g]);
                 });
             } else {
+                const int64_t base = (i * kLine) >> shift;
                 const F factor = pick16(by_scale + base, shape.lane_group);
-                lines.each(i, [&](int k, F v) { acc[k] = fma(v, factor, acc[k]); });
-                if (s.low) rest[0] = rest[0] + pick16(by_low + base, shape.lane_group);
+                lines.each(i, [&](auto number, F v) {
+                    constexpr int k = decltype(number)::value;
+                    acc[k] = fma(v, factor, acc[k]);
+                });
+                if (low) rest[0] = rest[0] + pick16(by_low + base, shape.lane_group);
             }
         }
-        for (int k = 0; k < 8; k++) {
-            const F total = acc[k] + (s.bits == 8 ? rest[k] : rest[0]);
-            for (int l = 0; l < 16; l++) y[(part * kLine + (s.bits == 8 ? 16 * k + l : 8 * l + k)) % s.row] += total[l];
-        }
+        alignas(64) float total[8 * 16];
+#define NF_STEP(k) store(total + 16 * k, acc[k] + rest[bytes ? k : 0]);
+        NF_EIGHT(NF_STEP)
+#undef NF_STEP
+        for (int k = 0; k < 8; k++)
+            for (int l = 0; l < 16; l++) y[(part * kLine + (bytes ? 16 * k + l : 8 * l + k)) & (s.row - 1)] += total[16 * k + l];
     }
 }
 
@@ -325,7 +381,8 @@ struct Rows {
     Rows(const nf_stream &stream, int64_t dim, int64_t block, float *&scratch) : s(stream), shape(stream) {
         capacity = s.channel ? block / s.row * dim : block;
         const int64_t groups = capacity * (s.row / s.group);
-        scale = take(scratch, groups), low = take(scratch, groups), work = take(scratch, 2 * groups + 32);
+        scale = take(scratch, groups), work = take(scratch, 2 * groups + 32);
+        low = s.low ? take(scratch, groups) : nullptr;
         both = s.unit ? take(scratch, capacity * s.row / kLine * 32 + 32) : nullptr;
     }
     void read(int64_t block, int64_t head, int64_t rows) {
@@ -363,8 +420,8 @@ static void attend(const Piece &p) {
                     auto window = lines;
                     window.codes += w * p.dim * (k.row * k.bits / 8);
                     if (window.both) window.both += w * p.dim * k.row / kLine * 32;
-                    accumulate(window, k, keys.shape, p.dim, keys.scale + w * p.dim * groups, keys.low + w * p.dim * groups, q, keys.work,
-                               score + w * k.row);
+                    accumulate(window, k, keys.shape, p.dim, keys.scale + w * p.dim * groups,
+                               keys.low ? keys.low + w * p.dim * groups : nullptr, q, keys.work, score + w * k.row);
                 }
             });
             const float bias = p.bias ? p.bias[r] : 0.0f;
@@ -404,8 +461,8 @@ static void attend(const Piece &p) {
                     window.codes += w * p.width * (v.row * v.bits / 8);
                     if (window.both) window.both += w * p.width * v.row / kLine * 32;
                     arrange(v, values.shape, score + w * v.row, x, sums);
-                    dot(window, v, values.shape, p.width, values.scale + w * p.width * groups, values.low + w * p.width * groups, x, sums,
-                        row_y);
+                    dot(window, v, values.shape, p.width, values.scale + w * p.width * groups,
+                        values.low ? values.low + w * p.width * groups : nullptr, x, sums, row_y);
                     for (int64_t d = 0; d < p.width; d++) out[d] += row_y[d];
                 }
             });
