@@ -43,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fast: importance-aware rounding; balanced (default with a text): and GPTQ; quality: and refitted scales, "
         "coordinate descent; extreme: and learned rounding of whole layers; or a recipe.yaml. Options below win over it",
     )  # fmt: skip
-    group.add_argument("--solver", metavar="STEPS", help="nearest or gptq, then '+alternate', '+descent'")
+    group.add_argument("--solver", metavar="STEPS", help="nearest or gptq, then '+alternate', '+refit', '+blocks', '+descent'")
     group.add_argument("--order", metavar="ORDER", help="of gptq's columns: static (default), none, act, group")
     group.add_argument("--damp", type=float, metavar="X", help="gptq's damping, of H's mean diagonal (default 0.01)")
+    group.add_argument("--ridge", type=float, metavar="X", help="added to H, of its mean diagonal (default 0)")
     group.add_argument(
         "--no-importance", dest="importance", action="store_false", default=None,
         help="do not weight errors by the inputs' mean squares when scales are chosen",
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def calibration(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of calibration that were given, as those of `numfit.quantize`."""
     names = (
-        "calibration", "recipe", "solver", "order", "damp", "importance", "transform", "bias_correction", "reconstruct",
+        "calibration", "recipe", "solver", "order", "damp", "ridge", "importance", "transform", "bias_correction", "reconstruct",
         "iterations", "propagate", "retarget", "windows", "context", "statistics",
     )  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name)) is not None}

@@ -90,7 +90,7 @@ def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: P
         w, h = rotate(w, rotation), _rotate_both(h, rotation)
         cross = None if cross is None else _rotate_both(cross, rotation)
     options = SolverOptions.parse(
-        parts.solver, order=parts.order, damp=parts.damp, importance=parts.importance, beta=parts.retarget
+        parts.solver, order=parts.order, damp=parts.damp, ridge=parts.ridge, importance=parts.importance, beta=parts.retarget
     )
     try:
         found = solve(w, h, fmt.base, options, cross=cross)

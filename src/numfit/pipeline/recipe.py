@@ -24,9 +24,10 @@ class Parts:
     """How the codes of linears are found once there is a text.
 
     Attributes:
-        solver: steps joined by "+": nearest or gptq first, then what improves on it (alternate, descent).
+        solver: steps joined by "+": nearest or gptq first, then what improves on it (alternate, refit, blocks, descent, pot).
         order: of gptq's columns: static, none, act, group.
         damp: gptq's damping, as a share of the mean of H's diagonal.
+        ridge: added to H for good, as a share of its mean diagonal: what few tokens say of an input is trusted less.
         importance: weight errors by the mean square of each input when scales and members are chosen.
         transform: a function-preserving rewrite of each layer before: none, smooth, awq, osplus, permute or fold.
         bias_correction: add what rounding takes from a linear's mean output to its bias, where it has one.
@@ -42,6 +43,7 @@ class Parts:
     solver: str = "nearest"
     order: str = "static"
     damp: float = 0.01
+    ridge: float = 0.0
     importance: bool = True
     transform: str = "none"
     bias_correction: bool = False
