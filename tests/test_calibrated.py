@@ -56,7 +56,7 @@ def test_every_architecture_ends_as_a_model_that_runs(kind: str, tmp_path: Path)
     assert result["spent"]["statistics"] > 0 and result["spent"]["solving"] > 0
 
 
-@pytest.mark.parametrize("solver", ["nearest", "gptq", "gptq+alternate+descent"])
+@pytest.mark.parametrize("solver", ["nearest", "gptq", "best"])
 @pytest.mark.parametrize("fmt", ["int4-g32", "mant4-g32@e3m3", "fp4.25", "lm4-row+rot"])
 def test_errors_of_layers_fall(solver: str, fmt: str, tmp_path: Path) -> None:
     """Under the second moments that were measured, every linear is better off than rounded without data.
@@ -201,7 +201,7 @@ def test_a_recipe_replays_to_the_same_bytes(tmp_path: Path, capsys: pytest.Captu
     assert main(["quantize", *common, "--recipe", str(recipe), "-o", str(tmp_path / "two")]) == 0
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     manifest = json.loads((tmp_path / "two" / "numfit.json").read_text())
-    assert manifest["recipe"]["solver"] == "gptq+alternate+descent" and "sha256" in manifest["recipe"]["calibration"]
+    assert manifest["recipe"]["solver"] == "best" and "sha256" in manifest["recipe"]["calibration"]
     text.write_text(TEXT + " w5")
     assert main(["quantize", *common, "--recipe", str(recipe), "-o", str(tmp_path / "two")]) == 2
     assert "--calibration was text of sha256" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: P
         w, h = rotate(w, rotation), _rotate_both(h, rotation)
         cross = None if cross is None else _rotate_both(cross, rotation)
     options = SolverOptions.parse(
-        parts.solver, order=parts.order, damp=parts.damp, ridge=parts.ridge, importance=parts.importance, beta=parts.retarget
+        best_chain(fmt) if parts.solver == "best" else parts.solver, order=parts.order, damp=parts.damp, ridge=parts.ridge, importance=parts.importance, beta=parts.retarget
     )
     try:
         found = solve(w, h, fmt.base, options, cross=cross)
@@ -98,6 +98,11 @@ def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: P
         raise FormatError(f"tensor '{name}': {error}") from None
     notes = tuple(f"'{name}': {note}" for note in found.notes)
     return Solved(name, tuple(w.shape), fmt, w, h, found.codes, found.params, stats.mean, notes=notes)
+
+
+def best_chain(fmt: Format) -> str:
+    """The solver steps that suit a format: blocks can be improved one by one where there are several in a row."""
+    return "gptq+blocks+descent+refit" if isinstance(fmt.block, int) else "gptq+alternate+descent"
 
 
 def _rotate_both(h: Tensor, rotation: object) -> Tensor:

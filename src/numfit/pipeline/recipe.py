@@ -24,7 +24,8 @@ class Parts:
     """How the codes of linears are found once there is a text.
 
     Attributes:
-        solver: steps joined by "+": nearest or gptq first, then what improves on it (alternate, refit, blocks, descent, pot).
+        solver: steps joined by "+": nearest or gptq first, then what improves on it (alternate, refit, blocks, descent, pot);
+            best: the chain that suits each tensor's format.
         order: of gptq's columns: static, none, act, group.
         damp: gptq's damping, as a share of the mean of H's diagonal.
         ridge: added to H for good, as a share of its mean diagonal: what few tokens say of an input is trusted less.
@@ -85,7 +86,7 @@ class Parts:
 PRESETS = {
     "fast": Parts(),
     "balanced": Parts(solver="gptq"),
-    "quality": Parts(solver="gptq+alternate+descent"),
+    "quality": Parts(solver="best"),
     "extreme": Parts(solver="gptq", reconstruct="auto", propagate="quantized"),
 }
 # What a recipe file says beside the parts: the options of `quantize` that need no text.
