@@ -89,8 +89,9 @@ def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: P
     if rotation is not None:
         w, h = rotate(w, rotation), _rotate_both(h, rotation)
         cross = None if cross is None else _rotate_both(cross, rotation)
+    chain = best_chain(fmt) if parts.solver == "best" else parts.solver
     options = SolverOptions.parse(
-        best_chain(fmt) if parts.solver == "best" else parts.solver, order=parts.order, damp=parts.damp, ridge=parts.ridge, importance=parts.importance, beta=parts.retarget
+        chain, order=parts.order, damp=parts.damp, ridge=parts.ridge, importance=parts.importance, beta=parts.retarget
     )
     try:
         found = solve(w, h, fmt.base, options, cross=cross)
