@@ -83,9 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def calibration(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of calibration that were given, as those of `numfit.quantize`."""
     names = (
-        "calibration", "recipe", "solver", "order", "damp", "ridge", "importance", "transform", "bias_correction", "reconstruct",
-        "iterations", "propagate", "retarget",
-        "windows", "context", "statistics",
+        "calibration", "recipe", "solver", "order", "damp", "ridge", "importance", "transform", "bias_correction",
+        "reconstruct", "iterations", "propagate", "retarget", "windows", "context", "statistics",
     )  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if not given.get("calibration", "hub:").startswith("hub:"):
