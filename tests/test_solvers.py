@@ -15,7 +15,6 @@ from numfit.formats.grid import Grid, ranked
 from numfit.solvers import Solution, SolverOptions, solve
 from numfit.solvers.blocks import blocks
 from numfit.solvers.descent import descent
-from numfit.solvers.gptq import sweep_importance
 from numfit.solvers.linalg import cholesky_inverse_upper, row_losses
 from numfit.solvers.nearest import nearest
 from numfit.solvers.order import make_plan, small_units
@@ -322,17 +321,6 @@ def test_blocks_without_correlation_are_nearest() -> None:
     with pytest.raises(OptionError, match=r"'blocks' is for formats whose blocks are smaller than a row"):
         solve(w, torch.eye(75), format("int4-row"), "gptq+blocks")
 
-
-def test_sweep_importance_is_the_conditional_variance() -> None:
-    """1 / U_ii² of the last column in the order is its damped variance; of the first, that given all others."""
-    _, h = _layer(1, 30)
-    problem = _problem(torch.zeros(1, 30), h, format("int4-g16"))
-    plan, _ = problem.sweep_plan()
-    found = sweep_importance(problem).double()
-    damped = h.double() + 0.01 * h.diagonal().double().mean() * torch.eye(30, dtype=torch.float64)
-    first, last = int(plan.order[0]), int(plan.order[-1])
-    assert float(found[last]) == pytest.approx(float(damped[last, last]), rel=1e-4)
-    assert float(found[first]) == pytest.approx(1 / float(torch.linalg.inv(damped)[first, first]), rel=1e-4)
 
 
 def test_refit_reaches_the_best_scales() -> None:
