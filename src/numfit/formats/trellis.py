@@ -17,8 +17,8 @@ What a state decodes to, an int8 level:
     table8  L = 8: level[state], a trained table of 256
     gf2     L = 12: level[index], bit i of the index (most significant first) the parity of state & mask[i]: a linear hash over
             GF(2), so that the code is a convolutional one; 64 … 256 levels, trained
-Levels are antisymmetric under the complement of the index (gf2) or under some constant added to the state (table8), which
-halves the tables that kernels look up; nothing but their speed depends on it.
+Levels are antisymmetric: under the complement of the index (gf2), or in the oldest bit of the state, which is a sign (table8).
+That halves the tables that kernels look up; nothing but their speed depends on it.
 """
 
 from __future__ import annotations

@@ -223,8 +223,8 @@ void find_levels(const nf_trellis_matrix &m, TrellisLevels &t) {
         t.kind = width <= 6 ? K::few : K::many;
     }
     for (size_t i = 0; i < sizeof t.table; i++) t.table[i] = static_cast<uint8_t>(128 + m.levels[order[i % order.size()]]);
-    t.wide = m.bits > 8;
     t.low = affine(masks, 0), t.high = affine(masks, 8);
+    t.windows = m.bits > 8 ? 2 : t.low == 0x0102040810204080u ? 0 : 1;
     for (uint32_t s = 0; s < 1u << m.bits; s++) {
         uint32_t index = s;
         if (m.hashed) {

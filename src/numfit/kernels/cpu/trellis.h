@@ -49,7 +49,7 @@ constexpr int kTablePad = 96;     // entries behind each row of the table of cos
 // a sign: index → level[index] or its negative.
 struct TrellisLevels {
     enum Kind { few, few_signed, many_signed, many } kind;  // tables of 64, 64, 128 and 256; the sign is bit 7 of the index
-    bool wide;              // states have more than 8 bits
+    int windows;            // 0: the state is the index, 1: a map of its eight bits, 2: of more bits
     uint64_t low, high;     // matrices of vgf2p8affineqb for the low eight and the other bits of a state
     alignas(64) uint8_t table[256];              // 128 + level
     alignas(64) uint8_t state[1 << kTrellisBits];  // 128 + level of every state

@@ -26,7 +26,7 @@ static inline Bytes flipped(Bytes levels) {
 #if defined(__AVX512VBMI__) && defined(__GFNI__)
 // The four vectors of a tile. Qword q of block b starts at byte (8 b + q) k of the circle: one permutation brings each qword its
 // bytes, one multishift cuts eight windows of eight bits out of it, an affine map turns windows into indices.
-template <int k, TrellisLevels::Kind kind, bool wide> struct Decoder {
+template <int k, TrellisLevels::Kind kind, int windows> struct Decoder {
     __m512i spread[k == 2 ? 4 : 2], low_shifts, high_shifts, low, high, table[kind == TrellisLevels::many ? 4 : 2];
     const uint8_t *base = nullptr;
 
@@ -60,8 +60,9 @@ template <int k, TrellisLevels::Kind kind, bool wide> struct Decoder {
             bytes = _mm512_inserti64x4(_mm512_castsi256_si512(last), first, 1);
         }
         bytes = _mm512_permutexvar_epi8(spread[k == 2 ? b : b == 3 && k == 3], bytes);
-        __m512i index = _mm512_gf2p8affine_epi64_epi8(_mm512_multishift_epi64_epi8(low_shifts, bytes), low, 0);
-        if constexpr (wide) {
+        __m512i index = _mm512_multishift_epi64_epi8(low_shifts, bytes);
+        if constexpr (windows > 0) index = _mm512_gf2p8affine_epi64_epi8(index, low, 0);
+        if constexpr (windows > 1) {
             index = _mm512_xor_si512(index, _mm512_gf2p8affine_epi64_epi8(_mm512_multishift_epi64_epi8(high_shifts, bytes), high, 0));
         }
         if constexpr (kind == TrellisLevels::few) return _mm512_permutexvar_epi8(index, table[0]);
@@ -83,10 +84,9 @@ template <int k, TrellisLevels::Kind kind, bool wide> struct Decoder {
 };
 
 template <class F> static void with_decoder(const TrellisLayout &t, F &&f) {
-    const auto kinds = [&](auto k, auto wide) {
+    const auto kinds = [&](auto k, auto windows) {
         using K = TrellisLevels;
-        constexpr int bits = decltype(k)::n;
-        constexpr bool w = decltype(wide)::n != 0;
+        constexpr int bits = decltype(k)::n, w = decltype(windows)::n;
         const auto with = [&](auto &&decoder) { f(decoder); };
         switch (t.kind) {
             case K::few: return with(Decoder<bits, K::few, w>(t));
@@ -95,7 +95,14 @@ template <class F> static void with_decoder(const TrellisLayout &t, F &&f) {
             case K::many: return with(Decoder<bits, K::many, w>(t));
         }
     };
-    const auto widths = [&](auto k) { t.wide ? kinds(k, Count<1>{}) : kinds(k, Count<0>{}); };
+    const auto widths = [&](auto k) {
+        if (t.windows == 0 && t.kind == TrellisLevels::many_signed) {
+            Decoder<decltype(k)::n, TrellisLevels::many_signed, 0> decoder(t);
+            f(decoder);
+        } else {
+            t.windows == 2 ? kinds(k, Count<2>{}) : kinds(k, Count<1>{});
+        }
+    };
     t.k == 2 ? widths(Count<2>{}) : t.k == 3 ? widths(Count<3>{}) : widths(Count<4>{});
 }
 #else
