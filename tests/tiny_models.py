@@ -108,7 +108,7 @@ def pack(source: Path, out: Path, fmt: str = "int4-g32", embedding: str = "int8-
         if chosen is None or chosen == "keep":
             packed[name] = decoded[name] = tensor
             continue
-        q = numfit.quantize_tensor(tensor, chosen, scale_rule="absmax")
+        q = numfit.quantize_tensor(tensor, chosen, scale_rule="mse" if numfit.format(chosen).trellis else "absmax")
         packed |= {f"{name}_{plane}": values for plane, values in q.state_dict().items()}
         decoded[name] = q.dequantize().to(tensor.dtype)
         names[name] = chosen

@@ -88,6 +88,15 @@ def signs(columns: int, seed: int = 0) -> Tensor:
     return _signs(columns, seed).clone()
 
 
+def constants(columns: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """What the compiled functions take: signs fp32 [K] and D fp32 [m, m], shared with others, not to be written to.
+
+    Raises:
+        FormatError: K cannot be rotated.
+    """
+    return _signs(columns, rotation.seed), _mixing(columns)
+
+
 @lru_cache(maxsize=64)
 def _mixing(columns: int) -> Tensor:
     """D, fp32 [m, m]: the orthonormal DCT-II over √n, each entry rounded once from fp64."""
@@ -153,7 +162,7 @@ def turn_native(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
     lib = library()
     assert lib is not None
     rows, k = x.shape
-    s, d = _signs(k, rotation.seed), _mixing(k)
+    s, d = constants(k, rotation)
     out = torch.empty((rows, k), dtype=torch.float32)
     error = ctypes.create_string_buffer(ERROR_BYTES)
     lib.nf_set_threads(torch.get_num_threads())

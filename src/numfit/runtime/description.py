@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from numfit.errors import NumfitError
 from numfit.formats import QuantizedTensor
+from numfit.formats.rotation import Rotation, constants
+from numfit.kernels.side import SideTerms
 from numfit.runtime.modules import QuantModule, packed_modules
 from numfit.structure import Decoder, Layer, decoder_map
 
@@ -40,12 +42,26 @@ LAYER_PARTS = frozenset(
 )  # fmt: skip
 
 
+class RotationSpec(ctypes.Structure):
+    """`nf_decoder_rotation`"""
+
+    _fields_ = (("m", c_int64), ("signs", c_void_p), ("mixing", c_void_p))
+
+
+class TermsSpec(ctypes.Structure):
+    """`nf_decoder_terms`"""
+
+    _fields_ = (
+        ("rank", c_int64), ("sparse", c_int64), ("a", c_void_p), ("b", c_void_p), ("index", c_void_p), ("value", c_void_p),
+    )  # fmt: skip
+
+
 class LinearSpec(ctypes.Structure):
     """`nf_decoder_linear`"""
 
     _fields_ = (
         ("packed", c_void_p), ("dense", c_void_p), ("dense_kind", c_int32), ("reserved", c_int32),
-        ("rows", c_int64), ("cols", c_int64), ("bias", c_void_p),
+        ("rows", c_int64), ("cols", c_int64), ("bias", c_void_p), ("rotation", c_void_p), ("terms", c_void_p),
     )  # fmt: skip
 
 
@@ -130,6 +146,7 @@ class _Builder:
         self.activations: set[int] = set()
         self.scales: set[float] = set()
         self.softcaps: set[float] = set()
+        self.rotations: dict[tuple[int, Rotation], RotationSpec] = {}
 
     def description(self) -> Description:
         model, config, kept = self.model, self.config, self.kept
@@ -292,12 +309,32 @@ class _Builder:
                 entry.dense = part.data_ptr()
             else:
                 entry.packed = part.handle
+                if part.side is not None:
+                    self._side(entry, part.side)
             if bias is not None:
                 entry.bias = bias[row:].data_ptr()
             self.kept.append(part)
             linears.append(entry)
             row += rows
         return linears
+
+    def _side(self, entry: LinearSpec, terms: SideTerms) -> None:
+        """Point `entry` to its rotation, one for all matrices that have it, and to its other terms."""
+        side, columns = terms.side, int(entry.cols)
+        if side.rotation is not None:
+            key = (columns, side.rotation)
+            if key not in self.rotations:
+                signs, mixing = constants(*key)
+                self.kept += [signs, mixing]
+                self.rotations[key] = RotationSpec(len(mixing), signs.data_ptr(), mixing.data_ptr())
+                self.kept.append(self.rotations[key])
+            entry.rotation = ctypes.addressof(self.rotations[key])
+        if side.stored:
+            count = side.outliers(columns)
+            places = (None if t is None else t.data_ptr() for t in (terms.a, terms.b, terms.index, terms.value))
+            spec = TermsSpec(side.rank, count, *places)
+            self.kept += [terms, spec]
+            entry.terms = ctypes.addressof(spec)
 
     def _pieces(self, module: nn.Module, packed_only: bool) -> list[Any]:
         """Packed pieces and dense ones [rows, K]; dense ones only where they are allowed."""
@@ -309,9 +346,6 @@ class _Builder:
             if any(isinstance(piece, QuantizedTensor) for piece in pieces):
                 why = next(iter(packed.refused.values()), "the reference path was asked for")
                 raise Unsupported(f"'{packed.pieces[0].source}' is not in the layout of the CPU kernels: {why}")
-            turned = next((piece for piece in pieces if not isinstance(piece, Tensor) and piece.side is not None), None)
-            if turned is not None:
-                raise Unsupported(f"'{packed.pieces[0].source}' has side terms ({turned.format.name})")
             if packed.activations:
                 self.modes.add(packed.activations)
         elif isinstance(module, nn.Linear | nn.Embedding):

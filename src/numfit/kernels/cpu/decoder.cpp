@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "rotate.h"
 
 namespace {
 
@@ -89,6 +90,9 @@ struct nf_decoder : nf_decoder_spec {
     int64_t room = 0;                   // tokens that the work space holds
     Arena work;
     float *x, *normed, *qkv, *mixed, *wide;  // [room][…]: hidden, hidden, queries keys values, heads · head_dim, 2 · ffn
+    float *turned;                      // [room][widest input that is rotated]
+    int64_t widest = 0;                 // 0: none is
+    std::vector<nf::Job> jobs;          // of one call
     std::vector<float> scratch;         // of attention, a piece for each thread
 
     int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
@@ -100,6 +104,11 @@ struct nf_decoder : nf_decoder_spec {
 };
 
 namespace {
+
+nf::Turn turn_of(const nf_decoder_linear &w, bool back) {
+    const nf_decoder_rotation &r = *w.rotation;
+    return {w.cols, r.m, w.cols / r.m, r.signs, r.mixing, back};
+}
 
 // ---- checking a description ----
 
@@ -113,6 +122,25 @@ bool fits(const nf_decoder_linear *list, int32_t count, int64_t rows, int64_t co
         total += w.rows;
     }
     return total == rows;
+}
+
+// Everything that a matrix has beside its weights.
+bool sound(const nf_decoder_linear &w) {
+    if (w.dense) return !w.rotation && !w.terms;
+    if (w.rotation && (!w.rotation->signs || !w.rotation->mixing || w.rotation->m < 1 || !nf::fits_together(turn_of(w, false))))
+        return false;
+    if (!w.terms) return true;
+    const auto &t = *w.terms;
+    if (t.rank < 0 || t.sparse < 0 || (t.rank && (!t.a || !t.b)) || (t.sparse && (!t.index || !t.value))) return false;
+    return nf::indices_within(t.index, w.rows * t.sparse, w.cols);
+}
+
+template <class F> void each_linear(const nf_decoder_spec &s, const F &body) {
+    for (int64_t i = 0; i < s.layers; i++) {
+        const auto &l = s.layer[i];
+        for (int32_t j = 0; j < l.qkv + l.o + l.gate_up + l.down; j++) body(l.linears[j]);
+    }
+    body(s.head);
 }
 
 const char *complaint(const nf_decoder_spec &s) {
@@ -137,7 +165,9 @@ const char *complaint(const nf_decoder_spec &s) {
     }
     if (!fits(&s.embedding, 1, s.vocab, s.hidden)) return "the decoder's embedding has the wrong shape";
     if (!fits(&s.head, 1, s.vocab, s.hidden)) return "the decoder's output layer has the wrong shape";
-    return nullptr;
+    bool whole = sound(s.embedding);
+    each_linear(s, [&](const nf_decoder_linear &w) { whole = whole && sound(w); });
+    return whole ? nullptr : "the rotation or the side terms of a matrix do not fit it";
 }
 
 // ---- pieces ----
@@ -172,20 +202,54 @@ void apply_dense(const nf_decoder_linear &w, const float *x, int64_t m, int64_t 
     });
 }
 
-// The outputs of a list side by side. ldy ≥ their sum.
-void apply_list(const nf_decoder_linear *list, int32_t count, const float *x, int64_t m, int64_t ldx, float *y, int64_t ldy,
-                bool exact) {
-    std::vector<nf::Job> jobs;
-    for (int32_t i = 0; i < count; y += list[i].rows, i++) {
-        if (list[i].packed) jobs.push_back({list[i].packed, y, ldy, list[i].bias});
-        else apply_dense(list[i], x, m, ldx, y, ldy);
-    }
-    if (!jobs.empty()) nf::apply_many(jobs.data(), static_cast<int>(jobs.size()), x, m, ldx, exact);
+// The packed matrices of a list that have one rotation (or none), whose turned input x is, and what adds to them.
+void apply_turned(nf_decoder &d, const nf_decoder_linear *list, int32_t count, const nf_decoder_rotation *rotation, const float *x,
+                  int64_t m, int64_t ldx, float *y, int64_t ldy, bool exact) {
+    auto each = [&](auto &&body) {
+        float *at = y;
+        for (int32_t i = 0; i < count; at += list[i].rows, i++)
+            if (list[i].packed && list[i].rotation == rotation) body(list[i], at);
+    };
+    d.jobs.clear();
+    each([&](const nf_decoder_linear &w, float *at) { d.jobs.push_back({w.packed, at, ldy, w.bias}); });
+    nf::apply_many(d.jobs.data(), static_cast<int>(d.jobs.size()), x, m, ldx, exact);
+    each([&](const nf_decoder_linear &w, float *at) {
+        if (!w.terms) return;
+        const auto &t = *w.terms;
+        if (t.rank) nf::add_lowrank(x, ldx, m, w.cols, t.a, t.b, t.rank, w.rows, at, ldy);
+        if (t.sparse) nf::add_sparse(x, ldx, m, t.index, t.value, t.sparse, w.rows, at, ldy);
+    });
 }
 
+// The outputs of a list side by side. ldy ≥ their sum. Each rotation in it turns the input once.
+void apply_list(nf_decoder &d, const nf_decoder_linear *list, int32_t count, const float *x, int64_t m, int64_t ldx, float *y,
+                int64_t ldy, bool exact) {
+    float *at = y;
+    for (int32_t i = 0; i < count; at += list[i].rows, i++) {
+        const nf_decoder_linear &w = list[i];
+        if (w.dense) {
+            apply_dense(w, x, m, ldx, at, ldy);
+            continue;
+        }
+        auto same = [&](const nf_decoder_linear &other) { return other.packed && other.rotation == w.rotation; };
+        if (std::any_of(list, list + i, same)) continue;  // done with the first of its kind
+        if (w.rotation) nf::rotate_rows(turn_of(w, false), x, ldx, m, d.turned, w.cols);
+        apply_turned(d, list, count, w.rotation, w.rotation ? d.turned : x, m, w.rotation ? w.cols : ldx, y, ldy, exact);
+    }
+}
+
+// A row of the embedding as format and side terms define it, in their order of operations (formats/side.py).
 void embed(const nf_decoder &d, int64_t token, float *out) {
-    if (d.embedding.packed) nf::gather_row(*d.embedding.packed, token, out);
-    else dense_row(d.embedding, token, out);
+    const nf_decoder_linear &w = d.embedding;
+    if (w.packed) nf::gather_row(*w.packed, token, out);
+    else dense_row(w, token, out);
+    if (w.terms) {
+        const auto &t = *w.terms;
+        for (int64_t j = 0; j < t.rank; j++)
+            for (int64_t i = 0; i < w.cols; i++) out[i] += t.b[j * w.rows + token] * t.a[j * w.cols + i];
+        for (int64_t j = token * t.sparse; j < (token + 1) * t.sparse; j++) out[t.index[j]] += t.value[j];
+    }
+    if (w.rotation) nf::rotate_rows(turn_of(w, true), out, w.cols, 1, out, w.cols);
     for (int64_t i = 0; i < d.hidden; i++) out[i] *= d.embedding_scale;
 }
 
@@ -252,15 +316,15 @@ void run_layers(nf_decoder &d, const nf::Kernels::Ops &ops, int64_t m, int64_t p
     for (int64_t i = 0; i < d.layers; i++) {
         const Layer &l = d.stack[static_cast<size_t>(i)];
         normalise(l.input_norm);
-        apply_list(l.list(0), l.qkv, d.normed, m, hidden, d.qkv, width, exact);
+        apply_list(d, l.list(0), l.qkv, d.normed, m, hidden, d.qkv, width, exact);
         each_token(m, [&](int64_t t) { prepare_heads(d, ops, i, position + t, d.qkv + t * width); });
         attention(d, ops, i, m, position);
-        apply_list(l.list(1), l.o, d.mixed, m, inner, d.normed, hidden, exact);
+        apply_list(d, l.list(1), l.o, d.mixed, m, inner, d.normed, hidden, exact);
         join(l.post_attention_norm);
         normalise(l.ffn_norm);
-        apply_list(l.list(2), l.gate_up, d.normed, m, hidden, d.wide, 2 * ffn, exact);
+        apply_list(d, l.list(2), l.gate_up, d.normed, m, hidden, d.wide, 2 * ffn, exact);
         each_token(m, [&](int64_t t) { ops.gated(d.wide + t * 2 * ffn, d.wide + t * 2 * ffn + ffn, d.activation, ffn); });
-        apply_list(l.list(3), l.down, d.wide, m, 2 * ffn, d.normed, hidden, exact);
+        apply_list(d, l.list(3), l.down, d.wide, m, 2 * ffn, d.normed, hidden, exact);
         join(l.post_ffn_norm);
     }
 }
@@ -269,7 +333,7 @@ void finish(nf_decoder &d, const nf::Kernels::Ops &ops, int64_t from, int64_t m,
     each_token(m, [&](int64_t t) {
         ops.rms_norm(d.x + (from + t) * d.hidden, d.final_norm, d.eps, d.normed + t * d.hidden, d.hidden);
     });
-    apply_list(&d.head, 1, d.normed, m, d.hidden, logits, d.vocab, exact);
+    apply_list(d, &d.head, 1, d.normed, m, d.hidden, logits, d.vocab, exact);
     if (d.logit_softcap > 0) each_token(m, [&](int64_t t) { ops.softcap(logits + t * d.vocab, d.logit_softcap, d.vocab); });
 }
 
@@ -277,13 +341,13 @@ bool make_room(nf_decoder &d, int64_t tokens) {
     if (tokens <= d.room) return true;
     auto lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
     const int64_t parts[] = {lines(d.hidden * tokens), lines(d.hidden * tokens), lines(d.qkv_width() * tokens),
-                             lines(d.heads * d.head_dim * tokens), lines(2 * d.ffn * tokens)};
+                             lines(d.heads * d.head_dim * tokens), lines(2 * d.ffn * tokens), lines(d.widest * tokens)};
     int64_t total = 0;
     for (int64_t part : parts) total += part;
     d.room = 0;
     if (!d.work.allocate(total * 4)) return false;
-    float *at = static_cast<float *>(d.work.data), **places[] = {&d.x, &d.normed, &d.qkv, &d.mixed, &d.wide};
-    for (int i = 0; i < 5; at += parts[i], i++) *places[i] = at;
+    float *at = static_cast<float *>(d.work.data), **places[] = {&d.x, &d.normed, &d.qkv, &d.mixed, &d.wide, &d.turned};
+    for (int i = 0; i < 6; at += parts[i], i++) *places[i] = at;
     d.room = tokens;
     return true;
 }
@@ -300,6 +364,7 @@ nf_decoder *nf_decoder_create(const nf_decoder_spec *spec, char *error) try {
         static_cast<nf_decoder_layer &>(l) = spec->layer[i];
         l.own.assign(l.linears, l.linears + l.qkv + l.o + l.gate_up + l.down);
     }
+    each_linear(*spec, [d](const nf_decoder_linear &w) { d->widest = std::max(d->widest, w.rotation ? w.cols : 0); });
     return d;
 } catch (const std::bad_alloc &) {
     return fail(error, "there is not enough memory for the decoder"), nullptr;

@@ -13,6 +13,21 @@
 enum nf_dense { NF_DENSE_FP32 = 0, NF_DENSE_FP16 = 1, NF_DENSE_BF16 = 2 };
 enum nf_activation { NF_SILU = 0, NF_GELU_TANH = 1 };
 
+// A rotation of inputs (rotate.h). Matrices that share an input and point to the same rotation have it turned once.
+typedef struct {
+    int64_t m;              // the odd factor of cols
+    const float *signs;     // [cols]
+    const float *mixing;    // [m][m]
+} nf_decoder_rotation;
+
+// Terms that add to a packed matrix: y += (x · Aᵀ) · Bᵀ, y += x · Sᵀ, in this order, with x as it was turned.
+typedef struct {
+    int64_t rank, sparse;   // 0: there is no such term
+    const float *a, *b;     // [rank][cols], [rank][rows]
+    const int32_t *index;   // [rows][sparse]
+    const float *value;     // [rows][sparse]
+} nf_decoder_terms;
+
 // One matrix: packed, or else dense.
 typedef struct {
     const nf_linear *packed;
@@ -21,6 +36,8 @@ typedef struct {
     int32_t reserved;
     int64_t rows, cols;
     const float *bias;      // [rows], or null
+    const nf_decoder_rotation *rotation;  // of a packed matrix: what it holds goes with turned inputs; null: none
+    const nf_decoder_terms *terms;        // of a packed matrix, or null
 } nf_decoder_linear;
 
 // Matrices that share their input stand in one list, and their outputs side by side: q, k, v as three matrices or as one.

@@ -54,34 +54,79 @@ template <class F> void share(int64_t count, int64_t work, int64_t chunk, const 
 }
 
 }  // namespace
+
+bool fits_together(const Turn &t) { return t.m >= 1 && t.m % 2 && t.cols >= 1 && t.cols == t.m * t.n && !(t.n & (t.n - 1)); }
+
+void rotate_rows(const Turn &t, const float *x, int64_t ldx, int64_t rows, float *out, int64_t ldo) {
+    const Rotators &r = rotators();
+    const int64_t step = std::max<int64_t>(1, kAlone / t.cols);
+    share(rows, rows > 1 ? rows * t.cols : 0, step, [&](int64_t from, int64_t to) {
+        float *work = static_cast<float *>(aligned_work(static_cast<size_t>(t.cols) * sizeof(float)));
+        for (int64_t row = from; row < to; row++) r.turn(t, x + row * ldx, out + row * ldo, work);
+    });
+}
+
+void add_lowrank(const float *x, int64_t ldx, int64_t tokens, int64_t cols, const float *a, const float *b, int64_t rank, int64_t rows,
+                 float *y, int64_t ldy) {
+    const Rotators &r = rotators();
+    float *inner = static_cast<float *>(aligned_work(static_cast<size_t>(tokens * rank) * sizeof(float)));
+    if (tokens == 1) {  // ranks, then rows, are shared out
+        share(rank, rank * cols, std::max<int64_t>(1, kAlone / cols), [&](int64_t from, int64_t to) {
+            r.dots(a + from * cols, to - from, cols, x, inner + from);
+        });
+        share(rows, rank * rows, std::max<int64_t>(64, kAlone / rank / 64 * 64), [&](int64_t from, int64_t to) {
+            r.add(b + from, rank, rows, inner, to - from, y + from);
+        });
+        return;
+    }
+    share(tokens, tokens * rank * (rows + cols), 1, [&](int64_t from, int64_t to) {
+        for (int64_t t = from; t < to; t++) {
+            r.dots(a, rank, cols, x + t * ldx, inner + t * rank);
+            r.add(b, rank, rows, inner + t * rank, rows, y + t * ldy);
+        }
+    });
+}
+
+bool indices_within(const int32_t *index, int64_t count, int64_t cols) {
+    return std::all_of(index, index + count, [cols](int32_t i) { return i >= 0 && i < cols; });
+}
+
+void add_sparse(const float *x, int64_t ldx, int64_t tokens, const int32_t *index, const float *value, int64_t count, int64_t rows,
+                float *y, int64_t ldy) {
+    const int64_t chunk = std::max<int64_t>(16, kAlone / (count * std::max<int64_t>(1, tokens)));
+    share(rows, tokens * rows * count, chunk, [&](int64_t from, int64_t to) {
+        for (int64_t t = 0; t < tokens; t++) {
+            const float *in = x + t * ldx;
+            for (int64_t row = from; row < to; row++) {
+                const int32_t *at = index + row * count;
+                const float *v = value + row * count;
+                float sum = 0;
+                for (int64_t j = 0; j < count; j++) sum += v[j] * in[at[j]];
+                y[t * ldy + row] += sum;
+            }
+        }
+    });
+}
+
 }  // namespace nf
 
 using namespace nf;
 
 NF_API int nf_rotate(const void *x, int kind, int64_t rows, int64_t cols, const float *signs, const float *mixing, int64_t m, int back,
                      float *out, char *error) try {
-    if (rows < 0 || cols < 1 || m < 1 || cols % m || (cols / m & (cols / m - 1)) || (kind != 0 && kind != 1)) {
-        return fail(error, "the parts of this rotation do not fit together");
-    }
-    const Turn t = {cols, m, cols / m, signs, mixing, back != 0};
-    const Rotators &r = rotators();
-    const int64_t step = std::max<int64_t>(1, kAlone / cols);
-    share(rows, rows > 1 ? rows * cols : 0, step, [&](int64_t from, int64_t to) {
-        float *work = static_cast<float *>(aligned_work(static_cast<size_t>(2 * cols + 16) * sizeof(float)));
-        float *wide = work + (cols + 15) / 16 * 16;  // a row of bf16 in fp32
-        for (int64_t row = from; row < to; row++) {
-            const float *in = static_cast<const float *>(x) + row * cols;
-            if (kind == 1) {
-                const uint16_t *half = static_cast<const uint16_t *>(x) + row * cols;
-                for (int64_t i = 0; i < cols; i++) {
-                    const uint32_t word = static_cast<uint32_t>(half[i]) << 16;
-                    std::memcpy(wide + i, &word, 4);
-                }
-                in = wide;
+    const Turn t = {cols, m, m < 1 ? 0 : cols / m, signs, mixing, back != 0};
+    if (rows < 0 || !fits_together(t) || (kind != 0 && kind != 1)) return fail(error, "the parts of this rotation do not fit together");
+    if (kind == 1) {
+        const auto *half = static_cast<const uint16_t *>(x);
+        share(rows, rows > 1 ? rows * cols : 0, std::max<int64_t>(1, kAlone / cols), [&](int64_t from, int64_t to) {
+            for (int64_t i = from * cols; i < to * cols; i++) {
+                const uint32_t word = static_cast<uint32_t>(half[i]) << 16;
+                std::memcpy(out + i, &word, 4);
             }
-            r.turn(t, in, out + row * cols, work);
-        }
-    });
+        });
+        x = out;
+    }
+    rotate_rows(t, static_cast<const float *>(x), cols, rows, out, cols);
     return 0;
 } catch (const std::bad_alloc &) {
     return fail(error, "there is not enough memory to rotate this tensor");
@@ -92,23 +137,7 @@ NF_API int nf_add_lowrank(const float *x, int64_t tokens, int64_t cols, const fl
     if (tokens < 0 || cols < 1 || rank < 1 || rows < 1 || ldy < rows) {
         return fail(error, "the parts of this low-rank term do not fit together");
     }
-    const Rotators &r = rotators();
-    std::vector<float> inner(static_cast<size_t>(tokens * rank));
-    if (tokens == 1) {  // one token: ranks, then rows, are shared out
-        share(rank, rank * cols, std::max<int64_t>(1, kAlone / cols), [&](int64_t from, int64_t to) {
-            r.dots(a + from * cols, to - from, cols, x, inner.data() + from);
-        });
-        share(rows, rank * rows, std::max<int64_t>(64, kAlone / rank / 64 * 64), [&](int64_t from, int64_t to) {
-            r.add(b + from, rank, rows, inner.data(), to - from, y + from);
-        });
-        return 0;
-    }
-    share(tokens, tokens * rank * (rows + cols), 1, [&](int64_t from, int64_t to) {
-        for (int64_t t = from; t < to; t++) {
-            r.dots(a, rank, cols, x + t * cols, inner.data() + t * rank);
-            r.add(b, rank, rows, inner.data() + t * rank, rows, y + t * ldy);
-        }
-    });
+    add_lowrank(x, cols, tokens, cols, a, b, rank, rows, y, ldy);
     return 0;
 } catch (const std::bad_alloc &) {
     return fail(error, "there is not enough memory for this low-rank term");
@@ -119,19 +148,9 @@ NF_API int nf_add_sparse(const float *x, int64_t tokens, int64_t cols, const int
     if (tokens < 0 || cols < 1 || count < 1 || rows < 1 || ldy < rows) {
         return fail(error, "the parts of these sparse corrections do not fit together");
     }
-    bool outside = false;
-    for (int64_t i = 0; i < rows * count; i++) outside |= static_cast<uint32_t>(index[i]) >= static_cast<uint64_t>(cols);
-    if (outside) return fail(error, "a sparse correction points out of its row");
+    if (!indices_within(index, rows * count, cols)) return fail(error, "a sparse correction points out of its row");
     if (tokens < 4) {
-        for (int64_t t = 0; t < tokens; t++) {
-            share(rows, rows * count, std::max<int64_t>(16, kAlone / count), [&](int64_t from, int64_t to) {
-                for (int64_t row = from; row < to; row++) {
-                    float sum = 0;
-                    for (int64_t j = row * count; j < (row + 1) * count; j++) sum += value[j] * x[t * cols + index[j]];
-                    y[t * ldy + row] += sum;
-                }
-            });
-        }
+        add_sparse(x, cols, tokens, index, value, count, rows, y, ldy);
         return 0;
     }
     // many tokens: kSide of them side by side, so that every correction is a load of neighbours

@@ -26,6 +26,16 @@ struct Turn {
     bool back;
 };
 
+// What the C functions do, for callers that have their rows at a distance and their indices checked. Nothing is allocated that
+// the calling thread does not keep for the next time; one row is turned by the calling thread alone.
+bool fits_together(const Turn &);
+void rotate_rows(const Turn &, const float *x, int64_t ldx, int64_t rows, float *out, int64_t ldo);  // back to back: out may be x
+void add_lowrank(const float *x, int64_t ldx, int64_t tokens, int64_t cols, const float *a, const float *b, int64_t rank, int64_t rows,
+                 float *y, int64_t ldy);
+bool indices_within(const int32_t *index, int64_t count, int64_t cols);
+void add_sparse(const float *x, int64_t ldx, int64_t tokens, const int32_t *index, const float *value, int64_t count, int64_t rows,
+                float *y, int64_t ldy);
+
 // One table of functions per instruction set.
 struct Rotators {
     const char *name;
