@@ -93,7 +93,7 @@ def captured(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor, floa
 
     seen: list[tuple[Tensor, Tensor, Tensor, float]] = []
 
-    def spy(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **rest: Any) -> Any:
+    def spy(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **rest: Any) -> Any:
         seen.append((query, key, value, scaling or query.shape[-1] ** -0.5))
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **rest)
 
@@ -122,14 +122,16 @@ def attention_error(kv: str, layers: list[tuple[Tensor, Tensor, Tensor, float]])
         groups = query.shape[1] // key.shape[1]
         exact, got = (
             torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, first:], a.repeat_interleave(groups, 1), b.repeat_interleave(groups, 1), attn_mask=mask, scale=scaling
+                query[:, :, first:], a.repeat_interleave(groups, 1), b.repeat_interleave(groups, 1), attn_mask=mask,
+                scale=scaling,
             ) for a, b in ((key, value), (k, v))
         )  # fmt: skip
         errors.append(float((exact - got).square().sum() / exact.square().sum()))
     return sum(errors) / len(errors)
 
 
-def measure(model: Any, windows: Tensor, name: str, chunk: int, kept: list[tuple[Tensor, Tensor]], layers: Any) -> dict[str, Any]:
+def measure(model: Any, windows: Tensor, name: str, chunk: int, kept: list[tuple[Tensor, Tensor]],
+            layers: Any) -> dict[str, Any]:  # fmt: skip
     """One row of the table."""
     started = time.perf_counter()
     make: Callable[[], Any] = (lambda: peer(name, model.config)) if name.startswith("hf:") else (
@@ -184,9 +186,9 @@ def quality(args: argparse.Namespace) -> None:
     named = {"smollm2": models.smollm2_degrid, "qwen-0.5b": models.qwen_half_b_degrid}
     directory = named[args.model]() if args.model in named else Path(args.model)
     if args.text is None:
-        from numfit.demo.wikipedia import validation_text
+        from numfit.demo.wikipedia import wikipedia_texts
 
-        text = validation_text()
+        text = read_text(wikipedia_texts()["valid"])
     else:
         text = read_text(args.text)
     path = Path(args.results) if args.results else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import COMMON, transformers
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -19,7 +20,6 @@ from numfit.kvcache import PRESETS, QuantizedCache, View, attend, packed_attenti
 from numfit.kvcache import native as kernel
 from numfit.kvcache.store import Store
 from numfit.runtime.generate import generate
-from tiny_models import COMMON, transformers
 
 LONG = {**COMMON, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
         "max_position_embeddings": 1024}  # fmt: skip
@@ -63,7 +63,8 @@ def close(a: Tensor, b: Tensor) -> float:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 PAIRS = ["asym4-g128/channel,asym4-g64", "asym3-g128/channel,tq3", "asym2-g32/channel,asym2-g32", "sym8-g32,sym8-g32",
-         "tq4+centred,tq4", "mant4-search8+centred,mant4-search8/channel", "mant4-paper3,mant4-paper3/channel", "nf4-g64,nf4-g64",
+         "tq4+centred,tq4", "mant4-search8+centred,mant4-search8/channel", "mant4-paper3,mant4-paper3/channel",
+         "nf4-g64,nf4-g64",
          "asym8-g64/channel,asym8-g128/channel", "tq2,tq2", "nf3-g64,int4-g64/channel", "mant4-g64/channel,mant4-g64",
          "asym3-g128/channel+outliers0.01,nf4-g64+permuted", "oct3,rotvq", "nvfp4,fp8-row"]  # fmt: skip
 
@@ -189,19 +190,20 @@ def test_packed_and_decoded_attention_agree(kind: str) -> None:
 def test_a_residual_as_long_as_the_text_changes_no_bit(packed: bool) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         model = tiny(dtype=dtype)
-        want = model.generate(PROMPT, max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        how = {"max_new_tokens": 20, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        want = model.generate(PROMPT, **how)
         cache = QuantizedCache(model.config, "kv4", residual=300, staging=dtype)
         with packed_attention(model) if packed else nullcontext():
-            got = model.generate(
-                PROMPT, max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True, past_key_values=cache
-            )
+            got = model.generate(PROMPT, past_key_values=cache, **how)
         assert torch.equal(got.sequences, want.sequences)
         assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits))
         assert cache.memory()["packed"] == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "temperature": 1.0}, {"num_beams": 3, "do_sample": False}])
+@pytest.mark.parametrize(
+    "how", [{"do_sample": False}, {"do_sample": True, "temperature": 1.0}, {"num_beams": 3, "do_sample": False}]
+)
 def test_generation_of_every_kind(kind: str, how: dict[str, Any]) -> None:
     """At eight bits tokens are those of the full cache; the cache has seen all of them but the last."""
     model = tiny(kind)
@@ -216,7 +218,7 @@ def test_generation_of_every_kind(kind: str, how: dict[str, Any]) -> None:
 
 
 def test_left_padding() -> None:
-    """Padded rows see no padding; they are near what they are alone, not identical (channels' scales see the padding's keys)."""
+    """Padded rows see no padding; near what they are alone, not identical (scales of channels see the padding's keys)."""
     model = tiny()
     ids = PROMPT.clone()
     ids[1, :40] = 0
@@ -245,9 +247,8 @@ def test_batches_are_repeated_selected_and_reordered() -> None:
             alone = QuantizedCache(model.config, "kv4", residual=16)
             swapped = PROMPT[[1, 0]]
             logits(model, torch.cat([swapped, token[[1, 0]]], 1), alone, 230)
-            assert torch.allclose(
-                model(input_ids=token, past_key_values=cache).logits, model(input_ids=token, past_key_values=alone).logits, atol=1e-4
-            )
+            ours, theirs = (model(input_ids=token, past_key_values=c).logits for c in (cache, alone))
+            assert torch.allclose(ours, theirs, atol=1e-4)
     assert cache.get_seq_length() == 232
 
 
@@ -319,8 +320,10 @@ def test_memory_is_what_is_kept() -> None:
     assert memory["packed"] == 2 * encoded // 2
     assert memory["metadata"] == encoded // 128 * 4 + encoded // 64 * 4
     assert memory["residual"] == 2 * (2 * 2 * 2 * 64 * 102) * 2  # bfloat16, keys and values
-    assert memory["bits_per_value"] == 4.375 and memory["equivalent"] == 2 * 2 * 2 * 2 * 64 * 230 * 2 and memory["tokens"] == 230
-    kept = [t for layer in cache.layers for s in layer.stores for t in (s.sinks, s.tail, *(p for b in s.blocks for p in b.values()))]
+    assert memory["bits_per_value"] == 4.375 and memory["equivalent"] == 2 * 2 * 2 * 2 * 64 * 230 * 2
+    assert memory["tokens"] == 230
+    stores = [s for layer in cache.layers for s in layer.stores]
+    kept = [t for s in stores for t in (s.sinks, s.tail, *(p for b in s.blocks for p in b.values()))]
     assert sum(t.untyped_storage().nbytes() for t in kept) == sum(memory[k] for k in ("packed", "metadata", "residual", "idle"))
 
 
@@ -354,7 +357,8 @@ def test_generate_with_a_cache() -> None:
     cached = generate(model, Words(), prompt, max_tokens=8, kv="kv8")
     assert plain.cache is None and cached.cache is not None and cached.cache["packed"] > 0
     with packed_attention(model):
-        ours = model.generate(PROMPT[:1], max_new_tokens=8, do_sample=False, past_key_values=QuantizedCache(model.config, "kv8"))
+        cache = QuantizedCache(model.config, "kv8")
+        ours = model.generate(PROMPT[:1], max_new_tokens=8, do_sample=False, past_key_values=cache)
     assert cached.text == Words().decode(ours[0, 230:]) and cached.new_tokens == 8
     assert model.config._attn_implementation == "sdpa"  # as before
     with pytest.raises(OptionError, match="native decoder"):

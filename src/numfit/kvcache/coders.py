@@ -49,7 +49,7 @@ def row_bytes(coder: Coder, n: int) -> int:
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:
-    """[..., n] → [..., groups, group]; a group larger than the row is the row, and a short last group repeats its last value, which changes neither end nor mean bound."""
+    """[..., n] → [..., groups, group]. A group larger than the row is the row; a short last one repeats its last value."""
     group = min(group, x.shape[-1])
     short = -x.shape[-1] % group
     if short:
@@ -148,7 +148,8 @@ class LloydMax:
         scale = rms
         if self.norm != "plain":
             y = table[codes].double()
-            along = y.square().mean(-1, keepdim=True).sqrt() if self.norm == "renorm" else (u.double() * y).mean(-1, keepdim=True)
+            along = (u.double() * y if self.norm == "unbiased" else y.square()).mean(-1, keepdim=True)
+            along = along if self.norm == "unbiased" else along.sqrt()
             scale = torch.where(along > 0, rms / along, rms).float()
         return {"codes": pack_digits(codes, self.levels), "scale": scale.half()}
 

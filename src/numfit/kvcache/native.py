@@ -1,7 +1,7 @@
 """The packed part of attention by the compiled kernel (kernels/cpu/attend.h), for a few queries on a CPU.
 
-It takes streams of 2, 3, 4 or 8 bits with fp16 scales: uniform codes, rotated tables, and 4-bit numfit types with a member per 64
-values or more, along tokens or channels. `attend` is None for whatever else, and PyTorch's path does that.
+It takes streams of 2, 3, 4 or 8 bits with fp16 scales: uniform codes, rotated tables, and numfit types of up to 4 bits with a
+member per 64 values or more, along tokens or channels. `attend` is None for whatever else, and PyTorch's path does that.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def kind(stream: Stream, dim: int) -> Kind | None:
         g = fmt.geometry(row)
         shared = fmt.member_count == 1
         fits = fmt.bits in (2, 3, 4) and fmt.scale.store == "fp16" and not (fmt.zero or fmt.spare or fmt.palette)
-        if not fits or g.block & (g.block - 1) or g.block < 16 or row % g.block or not (shared or (g.unit >= 64 and g.unit == g.block)):
+        blocks = g.block >= 16 and not g.block & (g.block - 1) and row % g.block == 0
+        if not fits or not blocks or not (shared or (g.unit >= 64 and g.unit == g.block)):
             return None
         table = tables(fmt.members, fmt.rounding, torch.device("cpu")).levels.float().view(len(fmt.members), -1)
         bits = fmt.member_bits
@@ -112,8 +113,8 @@ def attend(query: Tensor, keys: Snapshot, values: Snapshot, mask: Tensor | None)
         mask: as in `numfit.kvcache.attention.attend`, or None.
 
     Returns:
-        (largest score [B, H, Q, 1], sum of weights [B, H, Q, 1], weighted values in their basis [B, H, Q, Dv]), or None where the
-        kernel cannot do it.
+        (largest score [B, H, Q, 1], sum of weights [B, H, Q, 1], weighted values in their basis [B, H, Q, Dv]), or None
+        where the kernel cannot do it.
     """
     batch, heads, count, dim = query.shape
     tokens = min(keys.count, values.count)
