@@ -120,9 +120,9 @@ def attend(query: Tensor, keys: Snapshot, values: Snapshot, mask: Tensor | None)
     tokens = min(keys.count, values.count)
     if count > QUERIES or tokens == 0 or query.device.type != "cpu" or keys.sink != values.sink:
         return None
-    hows = [kind(t.stream, t.dim) for t in (keys, values)]
+    of_keys, of_values = (kind(t.stream, t.dim) for t in (keys, values))
     block = block_tokens(keys.stream)
-    if hows[0] is None or hows[1] is None or block != block_tokens(values.stream) or "mean" in values.const:
+    if of_keys is None or of_values is None or block != block_tokens(values.stream) or "mean" in values.const:
         return None
     if tokens % keys.stream.unit or tokens % values.stream.unit or tokens % 16:
         return None
@@ -144,7 +144,8 @@ def attend(query: Tensor, keys: Snapshot, values: Snapshot, mask: Tensor | None)
     if "mean" in keys.const:  # q · (k + μ) = q · k + q · μ
         bias = (query * keys.const["mean"].float().unsqueeze(2)).sum(-1).contiguous()
     blocks = -(-tokens // block)
-    (key_stream, held), (value_stream, also_held) = (_describe(t, h, blocks) for t, h in zip((keys, values), hows))
+    key_stream, held = _describe(keys, of_keys, blocks)
+    value_stream, also_held = _describe(values, of_values, blocks)
     most = torch.empty(batch, heads, count, 1)
     total = torch.empty_like(most)
     out = torch.empty(batch, heads, count, values.dim)
