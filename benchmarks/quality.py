@@ -74,7 +74,8 @@ class Row:
 
 
 def numfit(fmt: str, recipe: str = "", data: bool = True, **options: Any) -> Row:
-    words = [fmt, recipe if data else "no data", *(f"{key}={value}" for key, value in options.items())]
+    shown = {key: " ".join(value) if isinstance(value, list) else value for key, value in options.items()}
+    words = [fmt, recipe if data else "no data", *(f"{key}={value}" for key, value in shown.items())]
     return Row(" ".join(word for word in words if word), fmt, {"recipe": recipe or None, "data": data, **options})
 
 
