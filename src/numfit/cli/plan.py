@@ -22,8 +22,8 @@ examples:
 
 Rules and skips are regular expressions searched in tensor names; --skip wins over --rule, the first matching rule wins
 over the rest, and a pattern that matches nothing is an error. Norms, biases, routers and whatever is not clearly a
-matrix of weights is kept. Bits per weight count codes, scales, members and zero points. Sizes hold for calibrated runs too; memory
-and time are those of rounding without a text.
+matrix of weights is kept. Bits per weight count codes, scales, members and zero points. Sizes hold for calibrated runs
+too; memory and time are those of rounding without a text.
 """
 
 
