@@ -203,8 +203,8 @@ void apply_dense(const nf_decoder_linear &w, const float *x, int64_t m, int64_t 
 }
 
 // The packed matrices of a list that have one rotation (or none), whose turned input x is, and what adds to them.
-void apply_turned(nf_decoder &d, const nf_decoder_linear *list, int32_t count, const nf_decoder_rotation *rotation, const float *x,
-                  int64_t m, int64_t ldx, float *y, int64_t ldy, bool exact) {
+void apply_turned(nf_decoder &d, const nf_decoder_linear *list, int32_t count, const nf_decoder_rotation *rotation,
+                  const float *x, int64_t m, int64_t ldx, float *y, int64_t ldy, bool exact) {
     auto each = [&](auto &&body) {
         float *at = y;
         for (int32_t i = 0; i < count; at += list[i].rows, i++)
