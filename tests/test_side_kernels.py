@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import IDS, build, from_reference, logits, pack
+from tiny_models import build, from_reference, logits, pack
 from torch import Tensor
 
 from numfit.errors import FormatError
 from numfit.formats import QuantizedTensor, quantize_tensor
 from numfit.kernels import PackedLinear, embedding, kernel_of, linear, reference
 from numfit.native import isa, isa_names, library, set_isa
-from numfit.runtime import kernels_in_use, load, native_decoder
+from numfit.runtime import kernels_in_use, load
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels were not built: no compiler at install")
 
@@ -115,12 +115,3 @@ def test_models(kind: str, fmt: str, tmp_path: Path) -> None:
     state = model.state_dict()
     slow.load_state_dict(state)
     torch.testing.assert_close(logits(slow), want, atol=2e-5, rtol=0)
-
-
-def test_native_decoder_leaves_it_to_transformers(tmp_path: Path) -> None:
-    build("llama", tmp_path / "source")
-    pack(tmp_path / "source", tmp_path / "packed", "lm4-row+rot")
-    model, _ = load(tmp_path / "packed", tokenizer=False)
-    decoder, why = native_decoder.build(model)
-    assert decoder is None and "has side terms (lm4-row+rot)" in why
-    assert model.generate(IDS[:1], max_new_tokens=3, do_sample=False).shape[1] > IDS.shape[1]
