@@ -82,8 +82,24 @@ def numfit(fmt: str, recipe: str = "", data: bool = True, **options: Any) -> Row
 SMOLLM2 = [
     numfit("mant4-g32@e3m3", "fast"),  # makes the statistics that the others use
     *(Row(f"llama.cpp {kind}") for kind in GGML),
+    numfit("mant4-g32@e3m3", data=False),
+    numfit("mant4-g32@e3m3", "balanced"),
+    numfit("mant4-g32@e3m3", "balanced", ridge=0.05),
+    numfit("mant4-g32@e3m3", "quality"),
+    numfit("int4-g128", "balanced"),
+    numfit("bitmod3-g64", "balanced"),
+    numfit("fp5.33", "balanced"),
+    *(numfit(f"lm{k}-row+rot", "balanced") for k in (2, 3, 4, 6)),
+    numfit("lm5-row+rot", "balanced", rules=["down_proj=lm6-row+rot"]),
+    numfit("lm4-row+rot", "quality"),
+    *(numfit(f"trellis{k}+rot", "balanced") for k in (2, 3, 4)),
+    numfit("trellis2+rot", "balanced", rules=["gate_proj|down_proj=trellis3+rot"]),
 ]
-QWEN = [numfit("mant4-g32@e3m3", "fast"), *(Row(f"llama.cpp {kind}") for kind in CURVE)]
+FIVE = (("mant4-g32@e3m3", "quality"), ("lm4-row+rot", "balanced"), ("fp5.33", "balanced"), ("trellis4+rot", "balanced"),
+        ("trellis3+rot", "balanced"))  # fmt: skip
+QWEN = [
+    numfit("mant4-g32@e3m3", "fast"), *(Row(f"llama.cpp {kind}") for kind in CURVE), *(numfit(*row) for row in FIVE),
+]  # fmt: skip
 
 
 # -- llama.cpp --------------------------------------------------------------------------------------------------------
