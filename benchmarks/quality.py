@@ -91,7 +91,6 @@ SMOLLM2 = [
     numfit("fp5.33", "balanced"),
     *(numfit(f"lm{k}-row+rot", "balanced") for k in (2, 3, 4, 6)),
     numfit("lm5-row+rot", "balanced", rules=["down_proj=lm6-row+rot"]),
-    numfit("lm4-row+rot", "quality"),
     *(numfit(f"trellis{k}+rot", "balanced") for k in (2, 3, 4)),
     numfit("trellis2+rot", "balanced", rules=["gate_proj|down_proj=trellis3+rot"]),
 ]
