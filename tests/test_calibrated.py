@@ -255,6 +255,8 @@ def test_an_overflowing_model_is_refused(tmp_path: Path) -> None:
         ({"solver": "gptq"}, "--solver works on what a text does"),
         ({"recipe": "quality"}, "recipe 'quality' works on what a text does"),
         ({"calibration": TEXT, "solver": "magic"}, "unknown solver step 'magic'"),
+        ({"calibration": "w5 w6", "solver": "magic"}, "unknown solver step 'magic'"),
+        ({"calibration": TEXT, "solver": "gptq+blocks", "format": "lm4-row+rot"}, "blocks"),
         ({"calibration": TEXT, "propagate": "both"}, "--propagate is original or quantized"),
         ({"calibration": TEXT, "reconstruct": "magic"}, "--reconstruct is one of none"),
         ({"calibration": TEXT, "recipe": "nothing"}, "neither one of fast, balanced"),

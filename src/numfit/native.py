@@ -184,3 +184,19 @@ def _apply_signature(lib: ctypes.CDLL, name: str) -> None:
     restype, argtypes = _SIGNATURES[name]
     function = getattr(lib, name)
     function.restype, function.argtypes = restype, argtypes
+
+
+def call(name: str, *args: object) -> None:
+    """Call a function of the library, with torch's number of threads, that returns 0 or says why not in its last argument.
+
+    Raises:
+        NumfitError: what the library refused.
+    """
+    import torch
+
+    lib = library()
+    assert lib is not None
+    lib.nf_set_threads(torch.get_num_threads())
+    message = ctypes.create_string_buffer(ERROR_BYTES)
+    if getattr(lib, name)(*args, message):
+        raise NumfitError(message.value.decode())

@@ -13,10 +13,9 @@ from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c
 import torch
 from torch import Tensor
 
-from numfit.errors import NumfitError
 from numfit.formats.nearest import Ladder, Tables
 from numfit.formats.scale import FP16_MIN, PARENT_MIN, STORES, Scale
-from numfit.native import ERROR_BYTES, declare, library
+from numfit.native import call, declare, library
 
 _FREE, _FLOAT, _POWER, _OCP_FLOOR, _OCP_CEIL = range(5)  # enum nf_rounding
 # mantissa bits of stored scales, and their least distance
@@ -54,20 +53,6 @@ declare("nf_encode", c_int, POINTER(_Codes), *_matrix, c_void_p, c_char_p)
 def usable(device: torch.device) -> bool:
     """Whether tensors on `device` can be worked on here."""
     return device.type == "cpu" and library() is not None
-
-
-def _call(name: str, *args: object) -> None:
-    """Call a function of the library with torch's number of threads.
-
-    Raises:
-        NumfitError: what the library refused.
-    """
-    lib = library()
-    assert lib is not None
-    lib.nf_set_threads(torch.get_num_threads())
-    message = ctypes.create_string_buffer(ERROR_BYTES)
-    if getattr(lib, name)(*args, message):
-        raise NumfitError(message.value.decode())
 
 
 def _address(t: Tensor | None) -> int | None:
@@ -173,7 +158,7 @@ class Search:
         request = self._request(w.shape[1], candidates=scale.shape[1])
         h = None if h is None else _plain(h)
         request_and_weights = (byref(request), w.data_ptr(), *w.shape)
-        _call("nf_row_errors", *request_and_weights, _address(h), scale.data_ptr(), _address(zero), out.data_ptr())
+        call("nf_row_errors", *request_and_weights, _address(h), scale.data_ptr(), _address(zero), out.data_ptr())
         return out
 
     def _units(self, k: int, block: int) -> int:
@@ -185,7 +170,7 @@ class Search:
              member: Tensor | None, zero: Tensor | None) -> None:  # fmt: skip
         h = None if h is None else _plain(h)
         parent = None if parent is None else _plain(parent.expand(len(w), 1))
-        _call("nf_fit", byref(request), w.data_ptr(), *w.shape, *map(_address, (h, parent, scale, error, member, zero)))
+        call("nf_fit", byref(request), w.data_ptr(), *w.shape, *map(_address, (h, parent, scale, error, member, zero)))
 
 
 def encode(
@@ -208,5 +193,5 @@ def encode(
         len(codes), codes.shape[1], thresholds.data_ptr(), codes.data_ptr(), block, unit, scale.data_ptr(), _address(zero),
         _address(member), scale.numel() == 1, member is not None and member.numel() == 1,
     )  # fmt: skip
-    _call("nf_encode", byref(request), w.data_ptr(), *w.shape, out.data_ptr())
+    call("nf_encode", byref(request), w.data_ptr(), *w.shape, out.data_ptr())
     return out

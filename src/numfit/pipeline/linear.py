@@ -89,10 +89,7 @@ def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: P
     if rotation is not None:
         w, h = rotate(w, rotation), _rotate_both(h, rotation)
         cross = None if cross is None else _rotate_both(cross, rotation)
-    chain = best_chain(fmt) if parts.solver == "best" else parts.solver
-    options = SolverOptions.parse(
-        chain, order=parts.order, damp=parts.damp, ridge=parts.ridge, importance=parts.importance, beta=parts.retarget
-    )
+    options = solver_options(fmt, parts)
     try:
         found = solve(w, h, fmt.base, options, cross=cross)
     except FormatError as error:
@@ -104,6 +101,20 @@ def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: P
 def best_chain(fmt: Format) -> str:
     """The solver steps that suit a format: blocks can be improved one by one where there are several in a row."""
     return "gptq+blocks+descent+refit" if isinstance(fmt.block, int) else "gptq+alternate+descent"
+
+
+def solver_options(fmt: Format, parts: Parts) -> SolverOptions:
+    """What a recipe asks of the solver for a format.
+
+    Raises:
+        OptionError: an unknown step, or one that does not apply to the format.
+    """
+    chain = best_chain(fmt) if parts.solver == "best" else parts.solver
+    options = SolverOptions.parse(
+        chain, order=parts.order, damp=parts.damp, ridge=parts.ridge, importance=parts.importance, beta=parts.retarget
+    )
+    options.check(fmt.base)
+    return options
 
 
 def _rotate_both(h: Tensor, rotation: object) -> Tensor:

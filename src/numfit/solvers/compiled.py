@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from numfit.errors import NumfitError
-from numfit.native import ERROR_BYTES, declare, library
+from numfit.native import call, declare, library
 from numfit.solvers.rounding import Rounder
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def compiled_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose
         panel.u.stride(0), _stride(p), _stride(r), _address(panel.original), panel.block.data_ptr(), panel.unit.data_ptr(),
         panel.codes.data_ptr(), panel.codes.stride(0), panel.error.data_ptr(), _address(panel.before),
     )  # fmt: skip
-    _call("nf_sweep", lattice, request)
+    call("nf_sweep", byref(lattice), byref(request))
     del kept
 
 
@@ -95,7 +94,7 @@ def compiled_run(run: Run, rounder: Rounder, choose: bool) -> None:
         width, run.h.data_ptr(), run.h.stride(0), gradient.data_ptr(), run.w.data_ptr(), run.q.data_ptr(), run.q.stride(0),
         run.block.data_ptr(), run.unit.data_ptr(), run.codes.data_ptr(), run.codes.stride(0), MARGIN,
     )  # fmt: skip
-    _call("nf_descend", lattice, request)
+    call("nf_descend", byref(lattice), byref(request))
     del kept
 
 
@@ -131,17 +130,3 @@ def _address(t: Tensor | None) -> int | None:
 
 def _stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
-
-
-def _call(name: str, lattice: _Lattice, request: ctypes.Structure) -> None:
-    """Call a function of the library with torch's number of threads.
-
-    Raises:
-        NumfitError: what the library refused.
-    """
-    lib = library()
-    assert lib is not None
-    lib.nf_set_threads(torch.get_num_threads())
-    message = ctypes.create_string_buffer(ERROR_BYTES)
-    if getattr(lib, name)(byref(lattice), byref(request), message):
-        raise NumfitError(message.value.decode())
