@@ -55,9 +55,8 @@ from numfit.report import Column, Line, Point, frontier, markdown_table, scatter
 CONTEXT = 1024
 GGML = {  # type: its number in enum ggml_type, its nominal bits per weight
     "iq2_s": (22, 2.5625), "q2_K": (10, 2.625), "iq3_xxs": (18, 3.0625), "iq3_s": (21, 3.4375), "iq4_xs": (23, 4.25),
-    "q4_K": (12, 4.5), "q5_K": (13, 5.5), "q6_K": (14, 6.5625), "q8_0": (8, 8.5),
+    "q4_K": (12, 4.5), "q5_K": (13, 5.5), "q6_K": (14, 6.5625),
 }  # fmt: skip
-CURVE = ("iq2_s", "q2_K", "iq3_xxs", "iq3_s", "iq4_xs", "q4_K", "q5_K", "q6_K")  # the points that gains are measured from
 
 
 @dataclass(frozen=True)
@@ -79,25 +78,33 @@ def numfit(fmt: str, recipe: str = "", data: bool = True, **options: Any) -> Row
     return Row(" ".join(word for word in words if word), fmt, {"recipe": recipe or None, "data": data, **options})
 
 
+TYPES = ("mant4-g32@e3m3", "mantsv4-g32@e3m3", "uint4-g64", "nf4-g64", "bitmod3-g64", "pot3-g128", "fp4.25", "fp5.33")
 SMOLLM2 = [
     numfit("mant4-g32@e3m3", "fast"),  # makes the statistics that the others use
     *(Row(f"llama.cpp {kind}") for kind in GGML),
-    numfit("mant4-g32@e3m3", data=False),
-    numfit("mant4-g32@e3m3", "balanced"),
-    numfit("mant4-g32@e3m3", "balanced", ridge=0.05),
-    numfit("mant4-g32@e3m3", "quality"),
-    numfit("int4-g128", "balanced"),
-    numfit("bitmod3-g64", "balanced"),
-    numfit("fp5.33", "balanced"),
+    # types, each with GPTQ
+    *(numfit(fmt, "balanced") for fmt in TYPES),
     *(numfit(f"lm{k}-row+rot", "balanced") for k in (2, 3, 4, 6)),
     numfit("lm5-row+rot", "balanced", rules=["down_proj=lm6-row+rot"]),
-    *(numfit(f"trellis{k}+rot", "balanced") for k in (2, 3, 4)),
+    *(numfit(f"trellis{k}{table}+rot", "balanced") for k in (2, 3, 4) for table in ("", "-t8")),
     numfit("trellis2+rot", "balanced", rules=["gate_proj|down_proj=trellis3+rot"]),
-]
+    # algorithms, by two types
+    numfit("mant4-g32@e3m3", data=False),
+    numfit("mant4-g32@e3m3", "quality"),
+    numfit("mant4-g32@e3m3+rank8", "balanced"),
+    numfit("int4-g128", "fast"),
+    numfit("int4-g128", "balanced"),
+    numfit("int4-g128+rot", "balanced"),
+    *(numfit("int4-g128", "balanced", solver=f"gptq+{step}") for step in ("alternate", "descent")),
+    numfit("int4-g128", "balanced", transform="awq"),
+    # whole layers learned: slow
+    numfit("trellis2+rot", "extreme"),
+    numfit("int3-g128", "extreme"),
+]  # fmt: skip
 FIVE = (("mant4-g32@e3m3", "quality"), ("lm4-row+rot", "balanced"), ("fp5.33", "balanced"), ("trellis4+rot", "balanced"),
         ("trellis3+rot", "balanced"))  # fmt: skip
 QWEN = [
-    numfit("mant4-g32@e3m3", "fast"), *(Row(f"llama.cpp {kind}") for kind in CURVE), *(numfit(*row) for row in FIVE),
+    numfit("mant4-g32@e3m3", "fast"), *(Row(f"llama.cpp {kind}") for kind in GGML), *(numfit(*row) for row in FIVE),
 ]  # fmt: skip
 
 
@@ -184,7 +191,7 @@ def measure(row: Row, args: argparse.Namespace, model: Path, reference: Referenc
 
 def curve(results: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """llama.cpp's points (bits, KL), by bits, those that another point beats in both left out."""
-    points = sorted((r["bits"], r["kl_mean"]) for r in results if r["row"].removeprefix("llama.cpp ") in CURVE)
+    points = sorted((r["bits"], r["kl_mean"]) for r in results if r["row"].removeprefix("llama.cpp ") in GGML)
     return [p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)]
 
 
