@@ -25,6 +25,7 @@ with a text, which halves the loss of most formats and more (a few hundred kilob
   numfit quantize my-model -f mant4-g32@e3m3 --calibration text.txt -o out                  # GPTQ, importance-aware
   numfit quantize my-model -f lm4-row+rot --calibration text.txt --recipe quality -o out    # rotated, 4.02 bits
   numfit quantize my-model -f int2-g64@e3m3 --calibration text.txt --recipe extreme -o out  # learned rounding: slow
+  numfit quantize my-model --bits 3.1 --calibration text.txt --recipe quality -o out        # chooses: trellis3+rot here
   numfit quantize my-model --recipe out/recipe.yaml --calibration text.txt -o again         # the same bytes once more
 
 See 'numfit plan' for what will happen. Unfinished work lies in OUT.partial: after a kill, a full disk or Ctrl-C the
@@ -34,6 +35,11 @@ same command goes on and ends with the same bytes; with other options it refuses
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser, format_needed=False)
+    parser.add_argument(
+        "-b", "--bits", type=float, metavar="X",
+        help="instead of -f: the best type whose linears take at most X bits a weight (default 4.4); --recipe quality and "
+        "extreme choose trellis codes where this machine decodes them fast, and all choose by whether there is a text",
+    )  # fmt: skip
     group = parser.add_argument_group("calibration", "what a text does to the model, and what is made of it")
     group.add_argument(
         "--calibration", metavar="TEXT", help="a UTF-8 text file, or hub:DATASET[:CONFIG[:SPLIT]] (needs the extra 'data')"
@@ -95,7 +101,9 @@ def calibration(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     from numfit.pipeline import quantize
 
-    result = quantize(args.model, args.format, args.out, progress=not args.quiet, **recipe(args), **calibration(args))
+    result = quantize(
+        args.model, args.format, args.out, bits=args.bits, progress=not args.quiet, **recipe(args), **calibration(args)
+    )
     for warning in result["warnings"]:
         print(f"note: {warning}", file=sys.stderr)
     if args.json:

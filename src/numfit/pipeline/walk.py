@@ -35,15 +35,16 @@ from numfit.checkpoint.safetensors_file import (
     tensor_bytes,
 )
 from numfit.checkpoint.source import DirectorySource, Source, open_source
-from numfit.errors import CheckpointError, FormatError, OptionError
+from numfit.errors import CheckpointError, FormatError
 from numfit.formats import Format, QuantizedTensor, quantize_tensor
 from numfit.pipeline import partial as unfinished
+from numfit.pipeline.choice import plan_for
 from numfit.pipeline.finish import already_there, finish
 from numfit.pipeline.layers import solve_layers
 from numfit.pipeline.memory import peak_bytes
 from numfit.pipeline.options import as_format
 from numfit.pipeline.partial import Journal, Record
-from numfit.pipeline.planning import Plan, PlannedTensor, make_plan, rule_for
+from numfit.pipeline.planning import Plan, PlannedTensor, rule_for
 from numfit.pipeline.progress import Progress
 from numfit.pipeline.recipe import choose
 from numfit.pipeline.results import Calibration, Results, read_calibration
@@ -58,6 +59,7 @@ def quantize(
     format: str | Format | None,
     out: str | Path,
     *,
+    bits: float | None = None,
     embedding: str | Format | None = None,
     rules: Sequence[str | tuple[str, str]] | None = None,
     skip: Sequence[str] | None = None,
@@ -73,8 +75,10 @@ def quantize(
     """Quantize a model to a packed checkpoint. A run that was killed is resumed by the same call.
 
     Args:
-        model, format, embedding, rules, skip, scale_rule, shard_size, threads: as for `plan`; None takes the recipe's, or else
-            the default.
+        model, embedding, rules, skip, scale_rule, shard_size, threads: as for `plan`; None takes the recipe's, or else the
+            default.
+        format: of linear weights and experts; None takes a recipe file's, or else the best that fits (choice.py).
+        bits: the linears may take, per weight, where the format is to be chosen (default 4.4).
         out: directory to make; must not exist or be empty, or be this very checkpoint (then nothing is done).
             Unfinished work lies in `<out>.partial`.
         progress: show it on standard error.
@@ -97,15 +101,13 @@ def quantize(
     options |= {key: value for key, value in given.items() if value is not None}
     format = format or options.pop("format", None)
     options.pop("format", None)
-    if format is None:
-        raise OptionError("a format is needed: -f FORMAT, or a recipe file that names one; 'numfit formats' lists them")
     with cpu_threads(threads):
         source = open_source(model)
-        plan = make_plan(source, format, **options)
+        plan = plan_for(source, format, bits, str(recipe) if recipe else None, calibration is not None, **options)
         task = None
         if chosen is not None:
             assert calibration is not None
-            parts_in_full = chosen.settled(as_format(format))
+            parts_in_full = chosen.settled(as_format(plan.recipe["format"]))
             task = Calibration(parts_in_full, read_calibration(calibration), Path(statistics) if statistics else None)
             plan = replace(plan, recipe={**plan.recipe, **task.recipe})
         return _carry_out(source, plan, out, progress, task)
