@@ -104,11 +104,21 @@ def test_inputs_of_the_model_quantized_so_far(tmp_path: Path) -> None:
     torch.testing.assert_close(h.double(), 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
 
 
+def test_terms_of_the_sweep_reach_the_solver(tmp_path: Path) -> None:
+    """GPTAQ's and ResComp's terms come with the cross term that they need, and change what is found."""
+    source, found = model_at(tmp_path / "model"), {}
+    for name, terms in {"plain": {}, "gptaq": {"gptaq": 0.25}, "rescomp": {"rescomp": 0.25}}.items():
+        quantize(source, "int3-g32", tmp_path / name, calibration=TEXT, solver="gptq", propagate="quantized", **terms, **QUICK)
+        found[name] = decoded(tmp_path / name)["model.layers.1.mlp.down_proj.weight"]
+    assert not torch.equal(found["plain"], found["gptaq"])
+    assert not torch.equal(found["plain"], found["rescomp"])
+
+
 @pytest.mark.parametrize(
     "parts",
     [
         {"solver": "gptq"},
-        {"propagate": "quantized"},
+        {"solver": "gptq", "gptaq": 0.25, "rescomp": 0.25},
         {"reconstruct": "signround", "iterations": 3},
         {"reconstruct": "progressive", "iterations": 2, "solver": "gptq"},
     ],
@@ -262,7 +272,9 @@ def test_an_overflowing_model_is_refused(tmp_path: Path) -> None:
         ({"calibration": TEXT, "recipe": "nothing"}, "neither one of fast, balanced"),
         ({"calibration": TEXT, "damp": 0.0}, "--damp is a positive share"),
         ({"calibration": Path("no such file.txt")}, "does not exist"),
-        ({"calibration": TEXT, "recipe": "balanced", "format": None}, "a format is needed"),
+        ({"calibration": TEXT, "recipe": "balanced", "format": None, "bits": 1.0}, "cannot be met"),
+        ({"calibration": TEXT, "gptaq": 2.0}, "--gptaq is a share"),
+        ({"calibration": TEXT, "gptaq": 0.5, "solver": "nearest"}, "terms of the gptq step"),
         ({"calibration": TEXT, "reconstruct": "signround", "format": "trellis2+rot"}, "depend on each other"),
     ],
 )

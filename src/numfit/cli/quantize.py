@@ -76,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--propagate", metavar="STREAM", help="inputs of a layer: of the original model (default), or the quantized so far"
     )
     group.add_argument("--retarget", type=float, metavar="X", help="share of upstream error to compensate (default 0)")
+    group.add_argument("--gptaq", type=float, metavar="X", help="the same inside gptq's sweep (default 0, often 0.25)")
+    group.add_argument("--rescomp", type=float, metavar="X", help="of ResComp's term in gptq's sweep (default 0, often 0.25)")
     group.add_argument("--windows", type=int, metavar="N", help="of the calibration text (default 32)")
     group.add_argument("--context", type=int, metavar="N", help="tokens a window (default 1024)")
     group.add_argument("--statistics", metavar="DIR", help="keep the statistics there, for other runs on the same text")
@@ -90,7 +92,7 @@ def calibration(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of calibration that were given, as those of `numfit.quantize`."""
     names = (
         "calibration", "recipe", "solver", "order", "damp", "ridge", "importance", "transform", "bias_correction",
-        "reconstruct", "iterations", "propagate", "retarget", "windows", "context", "statistics",
+        "reconstruct", "iterations", "propagate", "retarget", "gptaq", "rescomp", "windows", "context", "statistics",
     )  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if not given.get("calibration", "hub:").startswith("hub:"):

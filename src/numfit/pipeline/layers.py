@@ -184,7 +184,7 @@ class Walk:
         """Statistics of layer k's linears; the original stream moves on to layer k+1 by the way."""
         parts = self.parts
         move_on = not last or parts.reconstruct != "none"
-        if parts.propagate == "quantized" or parts.retarget or self.statistics is None:
+        if parts.propagate == "quantized" or parts.needs_cross or self.statistics is None:
             return self._gather(k, names, move_on=move_on)
         if kept := self._kept(k):
             if move_on and self.streams:
@@ -208,7 +208,7 @@ class Walk:
             move_on: the original stream moves on to layer k+1 by the way.
             quantized: take the inputs of the model quantized so far, whatever the recipe says.
         """
-        blocks, cross = self.blocks, self.parts.retarget > 0
+        blocks, cross = self.blocks, self.parts.needs_cross
         wanted = {target.name for target in blocks.targets_of(k) if any(run.source in names for run in target.runs)}
         recorder = Recorder(blocks.layers[k], blocks.prefixes[k], wanted, cross=cross)
         original = self.original.open(k)

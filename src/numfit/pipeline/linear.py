@@ -111,8 +111,9 @@ def solver_options(fmt: Format, parts: Parts) -> SolverOptions:
     """
     chain = best_chain(fmt) if parts.solver == "best" else parts.solver
     options = SolverOptions.parse(
-        chain, order=parts.order, damp=parts.damp, ridge=parts.ridge, importance=parts.importance, beta=parts.retarget
-    )
+        chain, order=parts.order, damp=parts.damp, ridge=parts.ridge, importance=parts.importance, beta=parts.retarget,
+        gptaq=parts.gptaq, rescomp=parts.rescomp,
+    )  # fmt: skip
     options.check(fmt.base)
     return options
 

@@ -38,6 +38,8 @@ class Parts:
         iterations: of `reconstruct`; 0: 40 for progressive, which takes them for every group of linears, 150 for others.
         propagate: whether a layer's inputs are those of the original model, or of the model quantized so far.
         retarget: share of the upstream error that each linear compensates for (QEP), 0 to 1.
+        gptaq: factor of GPTAQ's term in the sweep, which does so column by column, 0 to 1 (its authors take 0.25).
+        rescomp: factor of ResComp's term in the sweep, 0 to 1 (its authors take 0.25).
         windows, context: of the calibration text.
     """
 
@@ -52,6 +54,8 @@ class Parts:
     iterations: int = 0
     propagate: str = "original"
     retarget: float = 0.0
+    gptaq: float = 0.0
+    rescomp: float = 0.0
     windows: int = 32
     context: int = 1024
 
@@ -62,8 +66,9 @@ class Parts:
             raise OptionError(f"--transform is one of {', '.join(TRANSFORMS)}, not '{self.transform}'")
         if self.reconstruct not in RECONSTRUCTIONS:
             raise OptionError(f"--reconstruct is one of {', '.join(RECONSTRUCTIONS)}, not '{self.reconstruct}'")
-        if not 0 <= self.retarget <= 1:
-            raise OptionError(f"--retarget is a share between 0 and 1, not {self.retarget}")
+        for name in ("retarget", "gptaq", "rescomp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"--{name} is a share between 0 and 1, not {getattr(self, name)}")
         if not 0 < self.damp < 100:
             raise OptionError(f"--damp is a positive share of H's mean diagonal, usually 0.01, not {self.damp}")
         if self.iterations < 0:
@@ -80,7 +85,12 @@ class Parts:
     @property
     def needs_quantized(self) -> bool:
         """Whether the hidden states of the model quantized so far are needed."""
-        return self.propagate == "quantized" or self.reconstruct != "none" or self.retarget > 0
+        return self.propagate == "quantized" or self.reconstruct != "none" or self.needs_cross
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether the two streams, of the original model and of the one quantized so far, are to be compared at each input."""
+        return self.retarget > 0 or self.gptaq > 0
 
 
 PRESETS = {
