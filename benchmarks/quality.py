@@ -86,8 +86,8 @@ SMOLLM2 = [
     *(numfit(fmt, "balanced") for fmt in TYPES),
     *(numfit(f"lm{k}-row+rot", "balanced") for k in (2, 3, 4, 6)),
     numfit("lm5-row+rot", "balanced", rules=["down_proj=lm6-row+rot"]),
-    *(numfit(f"trellis{k}{table}+rot", "balanced") for k in (2, 3, 4) for table in ("", "-t8")),
-    numfit("trellis2+rot", "balanced", rules=["gate_proj|down_proj=trellis3+rot"]),
+    *(numfit(f"{fmt}+rot", "balanced") for fmt in ("trellis2", "trellis3", "trellis3-t8", "trellis4")),
+    *(numfit(f"trellis{k}+rot", "balanced", rules=[f"gate_proj|down_proj=trellis{k + 1}+rot"]) for k in (2, 3)),
     # algorithms, by two types
     numfit("mant4-g32@e3m3", data=False),
     numfit("mant4-g32@e3m3", "quality"),
@@ -97,6 +97,8 @@ SMOLLM2 = [
     numfit("int4-g128+rot", "balanced"),
     *(numfit("int4-g128", "balanced", solver=f"gptq+{step}") for step in ("alternate", "descent")),
     numfit("int4-g128", "balanced", transform="awq"),
+    numfit("int4-g128", "balanced", propagate="quantized", gptaq=0.25),
+    numfit("trellis3+rot", "quality"),
     # whole layers learned: slow
     numfit("trellis2+rot", "extreme"),
     numfit("int3-g128", "extreme"),
