@@ -94,7 +94,6 @@ SMOLLM2 = [
     numfit("mant4-g32@e3m3+rank8", "balanced"),
     numfit("int4-g128", "fast"),
     numfit("int4-g128", "balanced"),
-    numfit("int4-g128+rot", "balanced"),
     *(numfit("int4-g128", "balanced", solver=f"gptq+{step}") for step in ("alternate", "descent")),
     numfit("int4-g128", "balanced", transform="awq"),
     numfit("int4-g128", "balanced", propagate="quantized", gptaq=0.25),
