@@ -102,7 +102,7 @@ SMOLLM2 = [
     numfit("trellis2+rot", "extreme"),
     numfit("int3-g128", "extreme"),
 ]  # fmt: skip
-FIVE = (("mant4-g32@e3m3", "quality"), ("lm4-row+rot", "balanced"), ("fp5.33", "balanced"), ("trellis4+rot", "balanced"),
+FIVE = (("mant4-g32@e3m3", "balanced"), ("lm4-row+rot", "balanced"), ("fp5.33", "balanced"), ("trellis4+rot", "balanced"),
         ("trellis3+rot", "balanced"))  # fmt: skip
 QWEN = [
     numfit("mant4-g32@e3m3", "fast"), *(Row(f"llama.cpp {kind}") for kind in GGML), *(numfit(*row) for row in FIVE),
