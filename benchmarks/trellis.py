@@ -1,10 +1,13 @@
 """How fast trellis codes are applied and encoded, against ggml's types of as many bits, all in one run.
 
-    python benchmarks/trellis.py [--only gemv,encode] [--threads 1,2] [--size N] [--rotate MB] [--rounds N] [--json FILE]
+    python benchmarks/trellis.py [--only gemv,encode] [--threads 1,2] [--size N] [--rotate MB] [--rounds N] [--turn N]
+                                 [--json FILE]
 
 gemv    one token × N×N (4096), threads as given, int8 activations, what a call does included but for the rotation of the
         activations (which layers share); weights are random streams, which decode as fast as any. Against ggml Q4_0, Q3_K and
         Q2_K in their fastest buffers, and nibble and 8-bit tables of our own. Turns, copies and ratios as in kernels.py.
+        Long turns (--turn 60) come back to each copy within a turn: who reads pages of 4 KiB then finds their addresses warm, and
+        a large outer cache may hold part of the copies. Short ones (5) are nearer to a model too large for any cache.
 encode  core-seconds for 10^6 Gaussian weights, tail-biting, one thread: the least of several runs.
 
 Peers: benchmarks/peers.py, where it says how they are built. Without them the ratios are left out.
@@ -125,8 +128,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rotate", type=int, default=256, help="megabytes that the copies of each contestant fill")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--turn", type=int, default=kernels.TURN, help="timed calls of a contestant in a round")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    kernels.TURN = options.turn
     found: dict[str, Any] = {"isa": native.isa(), "gemv": [], "encode": []}
     goals: list[kernels.Goal] = []
     if "gemv" in options.only:
