@@ -6,8 +6,8 @@
 gemv    one token × N×N (4096), threads as given, int8 activations, what a call does included but for the rotation of the
         activations (which layers share); weights are random streams, which decode as fast as any. Against ggml Q4_0, Q3_K and
         Q2_K in their fastest buffers, and nibble and 8-bit tables of our own. Turns, copies and ratios as in kernels.py.
-        Long turns (--turn 60) come back to each copy within a turn: who reads pages of 4 KiB then finds their addresses warm, and
-        a large outer cache may hold part of the copies. Short ones (5) are nearer to a model too large for any cache.
+        Long turns (--turn 60) come back to each copy within a turn: who reads pages of 4 KiB then finds their addresses warm,
+        and a large outer cache may hold part of the copies. Short ones (5) are nearer to a model too large for any cache.
 encode  core-seconds for 10^6 Gaussian weights, tail-biting, one thread: the least of several runs.
 
 Peers: benchmarks/peers.py, where it says how they are built. Without them the ratios are left out.
