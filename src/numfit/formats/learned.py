@@ -27,10 +27,11 @@ from numfit.formats.nearest import Tables, rank
 from numfit.formats.onepass import encode as encode_in_one_pass
 from numfit.formats.onepass import usable
 from numfit.formats.params import Params, row_chunks
-from numfit.formats.scale import FP16_MAX
+from numfit.formats.scale import FP16_MAX, PARENT_MIN, to_stored
 
 BORDERS = 64  # places of a row between which the start's cells lie
 ROUNDS = 50  # of Lloyd, fewer where nothing moves
+SCALE_ROUNDS = 3  # of nearest codes and the best scale for them
 NATIVE_ROWS = 256  # a compiled pass takes the rows as members of a family, of which it can number so many
 _CELLS = 1 << 18  # entries of the start's tables at a time: they stay in cache
 
@@ -154,6 +155,31 @@ def learn_levels(fmt: Format, w: Tensor, importance: Tensor | None, params: Para
         parts.append(learn(w[s].float() / scale, h * scale.double().square() if fmt.scaled else h, 1 << fmt.bits))
     levels = torch.cat(parts) if parts else torch.empty((0, 1 << fmt.bits), device=w.device)
     return replace(params, levels=levels)
+
+
+def nearest_scales(fmt: Format, w: Tensor, importance: Tensor | None, levels: Tensor, stored: Tensor, parent: Tensor | None) -> Tensor:
+    """Better scales of one block of every row for levels as they are: nearest codes and the best scale for them, in turn.
+
+    Args:
+        w: the block's weights [R, n] fp32; importance: [n] or None.
+        stored: the stored part of the present scales [R, 1]; parent: [R, 1], or [1, 1], or None.
+
+    Returns:
+        stored parts [R, 1], row by row no worse than the present ones.
+    """
+    h = torch.ones_like(w[0]) if importance is None else importance
+    edges, best = row_tables(levels).thresholds, stored
+    least = None
+    for _ in range(SCALE_ROUNDS + 1):
+        scale = stored if parent is None else stored * parent
+        level = levels.gather(1, rank(w / scale, edges).long())
+        loss = (h * (w - level * scale).square()).sum(1, keepdim=True)
+        best = stored if least is None else torch.where(loss < least, stored, best)
+        least = loss if least is None else torch.minimum(loss, least)
+        square = (h * level.square()).sum(1, keepdim=True)
+        wanted = torch.where(square > 0, (h * w * level).sum(1, keepdim=True) / square, scale)
+        stored = to_stored(fmt.scale, wanted.clamp_min(PARENT_MIN), parent, 0)
+    return best
 
 
 def per_column(values: Tensor, block: int, k: int) -> Tensor:
