@@ -60,7 +60,7 @@ def learn(x: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 def _learn(x: Tensor, weight: Tensor, count: int) -> Tensor:
-    values, order = torch.sort(x.double(), dim=1, stable=True)
+    values, order = torch.sort(x.double().contiguous(), dim=1, stable=True)
     w = weight.double().expand_as(values).gather(1, order)
     before = lambda t: torch.nn.functional.pad(t.cumsum(1), (1, 0))  # noqa: E731
     rows = _Sorted(values, before(w), before(w * values))
