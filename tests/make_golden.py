@@ -33,9 +33,9 @@ MORE = (
     "mant4-g32@e3m3", "mant4-g64@u8", "mantsv4-g32@e3m3", "ams-e2m2k4-g128", "fp5.33-g64@bf16", "ams-e3m1k5-g16@e3m3",
     "razer4-g128@fp16", "razer4-g16@e4m3", "if4-g32@bf16", "int4-g128@u8", "int6-g32@e8m0", "uint3-g16@e3m3",
     "nf4-g64@bf16", "int4-tensor", "uint4-tensor", "fp4.25-tensor", "ant4-g32@e4m3", "lm4-row+rot", "lm3-row+rot7",
-    "mant4-g64+rot+sparse20", "int4-g64+sparse20",
+    "mant4-g64+rot+sparse20", "int4-g64+sparse20", "any4-g32@e3m3", "km3-row+rot",
 )  # fmt: skip
-WEIGHTED = ("mant4", "mant4-g32@e3m3", "fp4.25", "int4", "uint4", "nvfp4", "nf4")
+WEIGHTED = ("mant4", "mant4-g32@e3m3", "fp4.25", "int4", "uint4", "nvfp4", "nf4", "km4", "any4")
 
 
 def recurrence(count: int, state: int) -> list[int]:

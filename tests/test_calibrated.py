@@ -58,13 +58,15 @@ def test_every_architecture_ends_as_a_model_that_runs(kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("solver", ["nearest", "gptq", "best"])
-@pytest.mark.parametrize("fmt", ["int4-g32", "mant4-g32@e3m3", "fp4.25", "lm4-row+rot"])
+@pytest.mark.parametrize("fmt", ["int4-g32", "mant4-g32@e3m3", "fp4.25", "lm4-row+rot", "any3-g32"])
 def test_errors_of_layers_fall(solver: str, fmt: str, tmp_path: Path) -> None:
     """Under the second moments that were measured, every linear is better off than rounded without data.
 
     Rounding to nearest looks at their diagonal only, so on inputs as white as a random model's it may lose a little.
     """
     slack = 1.05 if solver == "nearest" else 1.001
+    if solver == "nearest" and named(fmt).learned:
+        slack = 1.2  # 8 levels for 64 weights serve the diagonal all too well
     source = model_at(tmp_path / "model")
     quantize(source, fmt, tmp_path / "out", calibration=TEXT, solver=solver, statistics=tmp_path / "stats", **QUICK)
     weights, plain = decoded(tmp_path / "out"), open_source(source)

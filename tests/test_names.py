@@ -39,7 +39,7 @@ def test_legal_combinations() -> None:
     found = set(LEGAL)
     assert len(found) > 0.6 * len(NAMES) * len(BLOCKS) * len(STORES)
     for base in NAMES:
-        assert base in found and base + "-g64" in found and base + "-row@bf16" in found
+        assert base in found and base + "-g64" in found and (base + "-row@bf16" in found) != format(base).learned
     for stored_under_rows in ("int4-row@u8", "int4-row@e3m3", "int4-tensor@u8", "mant4-row@e3m3"):
         assert stored_under_rows not in found  # one fp16 per row needs blocks below a row
     for one_scale in ("int4-tensor", "nf4-tensor@bf16", "fp4.25-tensor", "ant4-tensor", "uint4-tensor"):
@@ -126,7 +126,9 @@ def expected_planes(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[torc
     if merged:
         word = torch.int16 if store in ("fp16", "bf16") else torch.uint8
     out = {"codes": packed(k, fmt.bits)}
-    if fmt.block == "tensor":
+    if fmt.learned and fmt.block == "row":
+        pass  # levels hold the scale
+    elif fmt.block == "tensor":
         out["scale"] = word, (1,)
     elif store == "e3m3" and not merged:
         out["scale"] = packed(len(starts), 6)
@@ -140,6 +142,8 @@ def expected_planes(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[torc
     if store in ("u8", "e3m3", "e4m3"):
         tensor_wide = store == "e4m3" or fmt.name == "razer4"
         out["parent"] = (torch.float32, (1,)) if tensor_wide else (torch.float16, rows or (1,))
+    if fmt.learned:
+        out["levels"] = torch.float16, (*rows, 2**fmt.bits)
     if fmt.palette:
         out["palette"] = torch.uint8, (fmt.palette,)
     return out

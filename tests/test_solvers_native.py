@@ -51,7 +51,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def same_params(a: Params, b: Params) -> bool:
-    return all(same(getattr(a, n), getattr(b, n)) for n in ("scale", "parent", "member", "zero", "palette"))
+    return all(same(getattr(a, n), getattr(b, n)) for n in ("scale", "parent", "member", "zero", "palette", "levels"))
 
 
 def swept(fmt: Format, w: Tensor, h: Tensor, order: str, panel: int, terms: Terms) -> list[Swept]:
@@ -92,7 +92,7 @@ def test_descents_are_the_same_bits(name: str) -> None:
             other = descent(problem, start, compiled_run)
             assert torch.equal(first.codes, other.codes), (n, k, isa)
             assert same_params(first.params, other.params)
-        if n > 10 and fmt.bits < 8:
+        if n > 10 and fmt.bits < 8 and (k > 16 or not fmt.learned):  # 16 levels fit 16 weights exactly
             assert not torch.equal(first.codes, start.codes)
 
 

@@ -22,7 +22,8 @@ input dimension, -row among a row, -tensor among all. Scales are stored as @fp16
 by another seed), +rank16 adds a low-rank term, +sparse5 corrects 5 thousandths of each row's weights one by one. Any
 eXmY float and any ams-eXmYkN (N neighbours share the last mantissa bit) exist too, and so do the trellis codes trellis2,
 trellis3, trellis4 and trellis2-t8 … trellis4-t8 (smaller states), to be used with +rot: codes of several weights at once.
-Bits count everything that is stored: codes, members, scales, parents, zero points, palettes, side terms.
+kmN and anyN learn 2**N levels for each row; they have no CPU kernel, so PyTorch decodes them.
+Bits count everything that is stored: codes, members, scales, parents, zero points, palettes, learned levels, side terms.
 """
 
 
@@ -69,14 +70,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _row(fmt: Any, about: str, shape: tuple[int, ...]) -> dict[str, Any]:
     scale = f"{fmt.scale.store} under {'fp32' if fmt.scale.parent == 'tensor' else 'fp16'} per {fmt.scale.parent}"
-    unit = "–" if fmt.member_count == 1 else fmt.block if fmt.unit == "block" else fmt.unit
+    unit = "row" if fmt.learned else "–" if fmt.member_count == 1 else fmt.block if fmt.unit == "block" else fmt.unit
+    members = f"{fmt.palette} of {len(fmt.members)}" if fmt.palette else str(fmt.member_count)
     return {
         "name": fmt.name,
         "about": about,
-        "members": f"{fmt.palette} of {len(fmt.members)}" if fmt.palette else str(fmt.member_count),
+        "members": "learned" if fmt.learned else members,
         "unit": str(unit),
         "block": str(fmt.block),
-        "scale": scale if fmt.scale.parent else fmt.scale.store,
+        "scale": "–" if not fmt.scaled else scale if fmt.scale.parent else fmt.scale.store,
         "zero": fmt.zero,
         "bits": fmt.bits_per_weight(shape),
         "bytes": fmt.nbytes(shape),

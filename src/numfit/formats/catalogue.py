@@ -156,6 +156,14 @@ for _b in range(2, 7):
     register(f"lm{_b}", table(f"lm{_b}", lloyd_max(_b)), "Lloyd-Max levels of N(0,1), for rotated rows (+rot)", block="row",
              scale={"search": "fine"})  # fmt: skip
 
+# -- learned tables: one a row (SqueezeLLM, any4) ----------------------------------------------------------------------------
+
+for _b in (2, 3, 4):
+    register(f"km{_b}", table("start", normal_float(_b)), "levels of each row by weighted k-means (SqueezeLLM)", block="row",
+             learned=True)  # fmt: skip
+for _b in (3, 4):
+    register(f"any{_b}", table("start", normal_float(_b)), "the same under a scale a group (any4)", learned=True)
+
 # -- powers of two ----------------------------------------------------------------------------------------------------
 
 for _b in (2, 3, 4):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from numfit.formats.format import Format
 from numfit.formats.fused import try_fused
+from numfit.formats.learned import encode as encode_learned
 from numfit.formats.nearest import CHAIN_MAX, rank, tables
 from numfit.formats.onepass import encode as encode_in_one_pass
 from numfit.formats.onepass import usable
@@ -105,6 +106,8 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
         return encode_trellis(fmt.trellis, w.float(), params.effective_scale()[:, 0])
     rows, k = w.shape
     g = fmt.geometry(k)
+    if params.levels is not None:
+        return encode_learned(w, params.levels, params.effective_scale(), g.block)
     t = tables(family(fmt, params), fmt.rounding, w.device)
     effective = params.effective_scale()
     out = torch.empty((rows, k), dtype=torch.uint8, device=w.device)
@@ -141,20 +144,28 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
     return out
 
 
+def level_tables(fmt: Format, params: Params, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Levels by code, fp32 [M, 2**bits], and which of these tables a weight takes: [R, units], or of one unit for a whole row,
+    or of one element for all, or None for the first. Learned levels are a family that has a member for each row."""
+    if params.levels is not None:
+        return params.levels, torch.arange(len(params.levels), device=device)[:, None]
+    return tables(family(fmt, params), fmt.rounding, device).levels, params.member
+
+
 def decode(fmt: Format, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of codes: uint8 [R, K] → `dtype` [R, K], computed in fp32."""
     if fmt.trellis is not None:
         return decode_trellis(fmt.trellis, codes, params.effective_scale()[:, 0], dtype)
     rows, k = codes.shape
     g = fmt.geometry(k)
-    levels = tables(family(fmt, params), fmt.rounding, codes.device).levels
+    levels, members = level_tables(fmt, params, codes.device)
     effective = params.effective_scale()
     out = torch.empty((rows, k), dtype=dtype, device=codes.device)
     by_unit = g.block % g.unit == 0 or g.blocks == 1
     for s in row_chunks(rows, k, _CHUNK):
         index = codes[s].int()
-        if params.member is not None:
-            member = _slice(params.member, s).int() << fmt.bits
+        if members is not None:
+            member = _slice(members, s).int() << fmt.bits
             index = _spread(torch.add, index, member, g.unit) if by_unit else index + _member_per_weight(fmt, member, k)
         value = _look_up(levels, index)
         if params.zero is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from numfit.errors import FormatError
 from numfit.formats.fitter import Fitter, shrink_factors
 from numfit.formats.format import Format
+from numfit.formats.learned import learn_levels, plain
 from numfit.formats.params import CHUNK, Params, row_chunks
 from numfit.formats.scale import FP16_MAX, Scale
 from numfit.formats.trellis import Trellis
@@ -46,6 +47,10 @@ def fit(fmt: Format, w: Tensor, importance: Tensor | None = None, scale_rule: st
     if fmt.trellis is not None:
         return _fit_trellis(fmt.trellis, w, scale_rule)
     h = None if importance is None else normalized_importance(importance.to(w.device))
+    if fmt.learned:
+        one = torch.ones((len(w), 1), dtype=torch.float32, device=w.device)
+        start = fit(plain(fmt), w, importance, scale_rule) if fmt.scaled else Params(one)
+        return learn_levels(fmt, w, h, start)
     palette = None
     if fmt.palette:
         palette = _palette(fmt, w, h)

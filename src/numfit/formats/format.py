@@ -28,6 +28,7 @@ from numfit.formats.trellis import TILE_ROWS, Trellis
 JSON_VERSION = 1
 SIDE_VERSION = 2  # of formats with side terms: a reader that does not know them must not take them for formats without
 TRELLIS_VERSION = 3  # of formats with a trellis, for the same reason
+LEARNED_VERSION = 4  # of formats whose rows have levels of their own
 
 
 class PlaneSpec(NamedTuple):
@@ -69,6 +70,8 @@ class Format:
         member_home: "plane", or "scale" where the index lives in spare bits of the scale word.
         trellis: what codes are symbols of; they then mean nothing one by one, `members` only counts them, and nothing but
             one fp16 scale a row goes with it.
+        learned: whether each row has levels of its own, in fp16 (learned.py). The one member counts the codes and is what
+            scales are first fitted to. Levels of a row hold its scale: where the block is the row, none is stored.
         side: what is stored or done beside the codes. The verbs fit, encode and decode do not look at it: they see weights that
             are rotated already, and give back what the terms are added to; `quantize_tensor` and `QuantizedTensor` do it all.
     """
@@ -85,6 +88,7 @@ class Format:
     member_home: str = "plane"
     side: Side = field(default_factory=Side)
     trellis: Trellis | None = None
+    learned: bool = False
 
     # -- derived numbers ------------------------------------------------------------------------------------------
 
@@ -114,6 +118,11 @@ class Format:
         return self.member_bits if self.member_home == "scale" else 0
 
     @property
+    def scaled(self) -> bool:
+        """Whether scales are stored."""
+        return not (self.learned and self.block == "row")
+
+    @property
     def max_level(self) -> float:
         """Largest magnitude of any member."""
         if self.trellis is not None:
@@ -132,7 +141,7 @@ class Format:
     @property
     def parent_span(self) -> str | None:
         """What must be complete before a block can be encoded: None, "row" or "tensor"."""
-        spans = (self.block, self.unit, self.scale.parent, "tensor" if self.palette else None)
+        spans = (self.block, self.unit, self.scale.parent, "tensor" if self.palette else None, "row" if self.learned else None)
         return next((span for span in ("tensor", "row") if span in spans), None)
 
     def geometry(self, row: int) -> Geometry:
@@ -186,7 +195,9 @@ class Format:
             out["codes"] = PlaneSpec(byte, (self.trellis.stream_bytes(math.prod(rows), row),))
         word = word_dtype(self.scale, self.spare)
         width = STORES[self.scale.store].bits
-        if self.block == "tensor":
+        if not self.scaled:
+            pass
+        elif self.block == "tensor":
             out["scale"] = PlaneSpec(word, (1,))
         elif width == 6 and not self.spare:
             out["scale"] = PlaneSpec(byte, (*rows, packed_bytes(g.blocks, 6)))
@@ -204,6 +215,8 @@ class Format:
             out["parent"] = PlaneSpec(torch.float16, rows or (1,))
         elif self.scale.parent == "tensor":
             out["parent"] = PlaneSpec(torch.float32, (1,))
+        if self.learned:
+            out["levels"] = PlaneSpec(torch.float16, (*rows, 1 << self.bits))
         if self.palette:
             out["palette"] = PlaneSpec(byte, (self.palette,))
         out.update({name: PlaneSpec(*spec) for name, spec in self.side.planes(shape).items()})
@@ -230,8 +243,9 @@ class Format:
         """A self-contained description: a reader needs no catalogue, only `docs/format.md`."""
         side = {"side": self.side.to_json()} if self.side else {}
         trellis = {"trellis": self.trellis.to_json()} if self.trellis is not None else {}
+        learned = {"learned": True} if self.learned else {}
         return {
-            "version": TRELLIS_VERSION if trellis else SIDE_VERSION if self.side else JSON_VERSION,
+            "version": _version(learned, trellis, side),
             "name": self.name,
             "bits": self.bits,
             "members": [
@@ -247,6 +261,7 @@ class Format:
             "member_home": self.member_home,
             **side,
             **trellis,
+            **learned,
         }
 
     @staticmethod
@@ -258,7 +273,7 @@ class Format:
         """
         name = data.get("name", "?") if isinstance(data, dict) else "?"
         has = data if isinstance(data, dict) else {}
-        reads = TRELLIS_VERSION if has.get("trellis") else SIDE_VERSION if has.get("side") is not None else JSON_VERSION
+        reads = _version(has.get("learned"), has.get("trellis"), has.get("side") is not None)
         if not isinstance(data, dict) or data.get("version") != reads:
             version = data.get("version") if isinstance(data, dict) else data
             raise FormatError(
@@ -282,6 +297,7 @@ class Format:
                 member_home=str(data["member_home"]),
                 side=Side.from_json(data.get("side")),
                 trellis=Trellis.from_json(data["trellis"]) if data.get("trellis") is not None else None,
+                learned=bool(data.get("learned", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the description of format '{name}' is damaged: {error!r}") from None
@@ -292,12 +308,25 @@ class Format:
             raise FormatError(f"{self.name}: {problem}")
 
 
+def _version(learned: object, trellis: object, side: object) -> int:
+    """The version of a description with these parts."""
+    return LEARNED_VERSION if learned else TRELLIS_VERSION if trellis else SIDE_VERSION if side else JSON_VERSION
+
+
 def _problem(f: Format) -> str | None:
     """Why the parts cannot form a format, or None."""
     if f.trellis is not None and (f.block != "row" or f.scale.store != "fp16"):
         return "a trellis has one fp16 scale a row and no other blocks or scales"
     if f.trellis is not None and (f.bits != f.trellis.bits or len(f.members) != 1 or f.zero or f.palette or f.unit != "block"):
         return "a trellis has neither members nor zero points"
+    if f.learned and (f.trellis is not None or len(f.members) != 1 or f.zero or f.palette or f.unit != "block"):
+        return "learned levels go with neither members nor zero points nor a trellis"
+    if f.learned and f.rounding != "down":
+        return f"learned levels are rounded to the nearest, not '{f.rounding}'"
+    if f.learned and f.block == "tensor":
+        return "learned levels hold the scale of their row, so one for the tensor says nothing; use -row, or -g128, say"
+    if f.learned and f.block == "row" and f.scale.store != "fp16":
+        return f"learned levels of a row need no scale, so @{f.scale.store} says nothing; leave it away, or use -g128, say"
     if not 1 <= f.bits <= 8:
         return f"codes have 1 to 8 bits, not {f.bits}"
     if not f.members:

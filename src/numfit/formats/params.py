@@ -23,6 +23,7 @@ class Params:
         member: uint8 [R, units], or [1, 1] for one member per tensor; None for families of one.
         zero: [R, blocks] or [1, 1] integers as fp32, or None.
         palette: int64 [k] candidates kept, or None.
+        levels: of each row [R, 2**bits], fp16 numbers in ascending order; None where the format knows them.
     """
 
     scale: Tensor
@@ -30,6 +31,7 @@ class Params:
     member: Tensor | None = None
     zero: Tensor | None = None
     palette: Tensor | None = None
+    levels: Tensor | None = None
 
     def effective_scale(self) -> Tensor:
         """scale · parent, rounded once to fp32: the first operation of decoding."""

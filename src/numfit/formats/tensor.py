@@ -166,17 +166,20 @@ class QuantizedTensor:
             return value if value is None or _is_shared(fmt, name) else unpack_bits(value, bits, count)
 
         word = unpacked("scale", 6, g.blocks) if _six_bits(fmt) else plane("scale")
-        assert word is not None
-        scale, member = from_word(fmt.scale, word, fmt.spare)
+        scale, member = torch.ones((rows, 1), device=self.device), None
+        if word is not None:
+            scale, member = from_word(fmt.scale, word, fmt.spare)
         if "member" in self.planes:
             member = unpacked("member", fmt.member_bits, g.units)
         zero, parent, palette = unpacked("zero", fmt.bits, g.blocks), plane("parent"), plane("palette")
+        levels = plane("levels")
         return Params(
             scale,
             None if parent is None else parent.float(),
             member,
             None if zero is None else zero.float(),
             None if palette is None else palette.long(),
+            None if levels is None else levels.float(),
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -230,8 +233,9 @@ def pack(
     """
     specs = fmt.planes(shape)
     planes = {"codes": pack_bits(codes, fmt.bits) if fmt.trellis is None else trellis_codec.pack(fmt.trellis, codes)}
-    word = to_word(fmt.scale, params.scale, params.member, fmt.spare)
-    planes["scale"] = pack_bits(word, 6) if _six_bits(fmt) else word
+    if "scale" in specs:
+        word = to_word(fmt.scale, params.scale, params.member, fmt.spare)
+        planes["scale"] = pack_bits(word, 6) if _six_bits(fmt) else word
     if "member" in specs:
         assert params.member is not None
         planes["member"] = params.member if fmt.unit == "tensor" else pack_bits(params.member, fmt.member_bits)
@@ -241,6 +245,9 @@ def pack(
     if "parent" in specs:
         assert params.parent is not None
         planes["parent"] = params.parent.to(specs["parent"].dtype)
+    if "levels" in specs:
+        assert params.levels is not None
+        planes["levels"] = params.levels.half()
     if "palette" in specs:
         assert params.palette is not None
         planes["palette"] = params.palette.to(torch.uint8)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from numfit.errors import FormatError
+from numfit.formats.codec import level_tables
 from numfit.formats.format import Format
 from numfit.formats.grid import ranked
+from numfit.formats.learned import row_tables
 from numfit.formats.nearest import tables
 from numfit.formats.params import Params, family, row_chunks
 
@@ -85,6 +87,9 @@ def member_per_weight(fmt: Format, member: Tensor, k: int) -> Tensor:
 
 def rank_tables(fmt: Format, params: Params, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(levels [M, ranks], codes [M, ranks], rank of each code [M, 2**bits] or −1, number of ranks [M])."""
+    if params.levels is not None:
+        codes = row_tables(params.levels).codes
+        return params.levels, codes, codes.long(), torch.full((len(codes),), codes.shape[1], device=device)
     grids = family(fmt, params)
     t = tables(grids, fmt.rounding, device)
     levels = t.levels.gather(1, t.codes.long())
@@ -116,14 +121,15 @@ def cells(fmt: Format, codes: Tensor, params: Params, w: Tensor, trust: float = 
     n, k = codes.shape
     g = fmt.geometry(k)
     levels, by_rank, rank_of, count = rank_tables(fmt, params, codes.device)
+    members = level_tables(fmt, params, codes.device)[1]
     ranks = levels.shape[1]
     out = Cells(torch.empty_like(w), torch.empty_like(w), torch.empty_like(codes), torch.empty_like(codes), torch.empty_like(w))
     effective = params.effective_scale()
     for s in row_chunks(n, k, _CHUNK):
         code = codes[s].long()
         member: Tensor | int = 0
-        if params.member is not None:
-            member = member_per_weight(fmt, rows_of(params.member, s).long(), k)
+        if members is not None:
+            member = member_per_weight(fmt, rows_of(members, s).long(), k)
         rank = rank_of.flatten()[code + member * rank_of.shape[1]]  # [r, K]
         if bool((rank < 0).any()):
             bad = int(code[rank < 0][0])

@@ -39,6 +39,8 @@ class Scales:
 
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move along −gradient, that of the loss by the effective scales [R, blocks] (or [1, 1]); lr in parts of the scale."""
+        if not self.fmt.scaled:
+            return  # its levels hold the scale of a row
         relative = gradient * self.effective0
         if self.of_parent is not None and self.adam_parent is not None:
             self.of_parent -= self.adam_parent.step(relative.sum(1, keepdim=True), lr)

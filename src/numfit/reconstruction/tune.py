@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from numfit.formats.codec import level_tables
 from numfit.formats.format import Format
-from numfit.formats.params import Params, family, row_chunks
+from numfit.formats.params import Params, row_chunks
 from numfit.reconstruction.cells import member_per_weight, per_weight, rows_of
 
 _CHUNK = 1 << 18
@@ -18,12 +19,12 @@ class FixedRounding:
     def __init__(self, fmt: Format, codes: Tensor, params: Params) -> None:
         self.codes = codes
         n, k = codes.shape
-        levels = torch.tensor([g.levels for g in family(fmt, params)], dtype=torch.float32, device=codes.device)
+        levels, members = level_tables(fmt, params, codes.device)
         self.level = torch.empty((n, k), dtype=torch.float32, device=codes.device)
         for s in row_chunks(n, k, _CHUNK):
             index = codes[s].long()
-            if params.member is not None:
-                index = index + (member_per_weight(fmt, rows_of(params.member, s).long(), k) << fmt.bits)
+            if members is not None:
+                index = index + (member_per_weight(fmt, rows_of(members, s).long(), k) << fmt.bits)
             self.level[s] = levels.flatten()[index]
             if params.zero is not None:
                 self.level[s] -= per_weight(rows_of(params.zero, s), fmt.geometry(k).block, k)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from numfit.formats.learned import NATIVE_ROWS
+from numfit.formats.params import row_chunks
 from numfit.native import call, declare, library
 from numfit.solvers.rounding import Rounder
 
@@ -66,6 +68,12 @@ def compiled_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose
     n, width = panel.error.shape
     if n == 0:
         return
+    if rounder.own is not None:
+        for s in row_chunks(n, 1, NATIVE_ROWS):
+            original, before = (None if t is None else t[s] for t in (panel.original, panel.before))
+            part = panel._replace(w=panel.w[s], original=original, codes=panel.codes[s], error=panel.error[s], before=before)
+            compiled_panel(part, start, stop, rounder.part(s), choose)
+        return
     p, r = panel.terms
     for part in (panel.w, panel.codes, panel.u, p, r):
         assert part is None or part.stride(1) == 1 or part.shape[1] == 1  # rows lie in one piece
@@ -86,6 +94,11 @@ def compiled_run(run: Run, rounder: Rounder, choose: bool) -> None:
 
     n, width = run.gradient.shape
     if n == 0:
+        return
+    if rounder.own is not None:
+        for s in row_chunks(n, 1, NATIVE_ROWS):
+            part = run._replace(gradient=run.gradient[s], w=run.w[s], q=run.q[s], codes=run.codes[s])
+            compiled_run(part, rounder.part(s), choose)
         return
     gradient = run.gradient.contiguous()
     assert run.w.stride() == run.q.stride()

@@ -42,6 +42,16 @@ def alive(h: Tensor) -> Tensor:
     return h.diagonal() > 0
 
 
+def solve_rows(a: Tensor, b: Tensor, fallback: Tensor) -> Tensor:
+    """x of a x = b for each row: a [R, G, G], b [R, G], fp64; the fallback where a is singular."""
+    diagonal = a.diagonal(dim1=1, dim2=2)
+    ridge = 1e-9 * diagonal.mean(1, keepdim=True) + 1e-300
+    lower, info = torch.linalg.cholesky_ex(a + torch.diag_embed(ridge.expand_as(diagonal)))
+    x = torch.cholesky_solve(b[..., None], lower)[..., 0]
+    good = (info == 0) & torch.isfinite(x).all(1)
+    return torch.where(good[:, None], x, fallback)
+
+
 def cholesky_inverse_upper(h: Tensor, damp: float) -> Factor:
     """U of H + λI, λ = damp · mean(diag H).
 

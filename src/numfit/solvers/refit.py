@@ -19,6 +19,8 @@ from numfit.formats.codec import decode
 from numfit.formats.format import Format
 from numfit.formats.params import Params
 from numfit.formats.scale import PARENT_MIN, to_stored
+from numfit.solvers.levels import refit_levels
+from numfit.solvers.linalg import solve_rows
 from numfit.solvers.state import Problem, State, keep_better
 
 _BYTES = 1 << 28  # of the normal equations of the rows worked on at a time
@@ -43,6 +45,12 @@ class Grams(NamedTuple):
 
 def refit(problem: Problem, state: State) -> State:
     """Better parameters for the codes of `state`, row by row where they are better."""
+    if problem.fmt.scaled:
+        state = _refit_scales(problem, state)
+    return refit_levels(problem, state) if problem.fmt.learned else state
+
+
+def _refit_scales(problem: Problem, state: State) -> State:
     fmt, params = problem.fmt, state.params
     if fmt.block == "tensor":
         found = _refit_tensor(problem, state)
@@ -148,15 +156,15 @@ def solve_scales(fmt: Format, grams: Grams, params: Params) -> Params:
 def _closed_form(grams: Grams, current: Tensor, zero: Tensor | None, top: float) -> tuple[Tensor, Tensor | None]:
     """Best real scales, and zero points rounded from the best real ones: fp64 [R, G]. Rows that have none keep theirs."""
     if zero is None:
-        return _solve(grams.aa, grams.ar, current), None
+        return solve_rows(grams.aa, grams.ar, current), None
     assert grams.ab is not None and grams.bb is not None and grams.br is not None
     r, g, _ = grams.aa.shape
     bb = grams.bb.expand(r, g, g)
     both = torch.cat([torch.cat([grams.aa, grams.ab], 2), torch.cat([grams.ab.transpose(1, 2), bb], 2)], 1)
-    found = _solve(both, torch.cat([grams.ar, grams.br], 1), torch.cat([current, -current * zero], 1))
+    found = solve_rows(both, torch.cat([grams.ar, grams.br], 1), torch.cat([current, -current * zero], 1))
     scale, offset = found[:, :g], found[:, g:]
     wanted = torch.where(scale > 0, (-offset / scale).round().clamp(0, top), zero)
-    return _solve(*_with_zero(grams, wanted), current), wanted
+    return solve_rows(*_with_zero(grams, wanted), current), wanted
 
 
 def _with_zero(grams: Grams, zero: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,16 +173,6 @@ def _with_zero(grams: Grams, zero: Tensor) -> tuple[Tensor, Tensor]:
     cross = grams.ab * zero[:, None, :]
     a = grams.aa - cross - cross.transpose(1, 2) + zero[:, :, None] * zero[:, None, :] * grams.bb
     return a, grams.ar - zero * grams.br
-
-
-def _solve(a: Tensor, b: Tensor, fallback: Tensor) -> Tensor:
-    """a x = b of each row [R, G], or the fallback where a is singular."""
-    diagonal = a.diagonal(dim1=1, dim2=2)
-    ridge = 1e-9 * diagonal.mean(1, keepdim=True) + 1e-300
-    lower, info = torch.linalg.cholesky_ex(a + torch.diag_embed(ridge.expand_as(diagonal)))
-    x = torch.cholesky_solve(b[..., None], lower)[..., 0]
-    good = (info == 0) & torch.isfinite(x).all(1)
-    return torch.where(good[:, None], x, fallback)
 
 
 def _descend(

@@ -6,6 +6,7 @@ gets the code that encoding the whole matrix would give it.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from numfit.formats.fitter import Fitter
 from numfit.formats.format import Format
+from numfit.formats.learned import nearest_scales, row_tables
 from numfit.formats.nearest import tables
 from numfit.formats.params import CHUNK, Params, family, row_chunks
 from numfit.solvers.order import small_units
@@ -26,11 +28,14 @@ class Rounder:
         scale: effective, fp32 [N, blocks], or [1, 1] for all.
         stored: the stored part of it; zero the same shape or None.
         member: uint8 [N, units], or [1, 1] for all, or None for families of one.
+        own: where levels are learned, every row is the member of its own number: int64 [N]; else None.
     """
 
     def __init__(self, fmt: Format, params: Params, k: int) -> None:
         self.fmt, self.params, self.geometry = fmt, params, fmt.geometry(k)
-        t = tables(family(fmt, params), fmt.rounding, params.scale.device)
+        learned = params.levels is not None
+        t = row_tables(params.levels) if learned else tables(family(fmt, params), fmt.rounding, params.scale.device)
+        self.own = torch.arange(len(t.levels), device=params.scale.device) if learned else None
         self.thresholds, self.codes = t.thresholds.contiguous(), t.codes.contiguous()
         self.levels = t.levels.gather(1, self.codes.long()).contiguous()
         self.scale = params.effective_scale().clone()
@@ -41,6 +46,14 @@ class Rounder:
     def result(self) -> Params:
         """The parameters as they are now."""
         return replace(self.params, scale=self.stored, zero=self.zero, member=self.member)
+
+    def part(self, rows: slice) -> Rounder:
+        """The same of some rows of a matrix with learned levels, as a family with a member for each of them."""
+        out = copy.copy(self)
+        out.thresholds, out.codes, out.levels, out.scale = (t[rows] for t in (self.thresholds, self.codes, self.levels, self.scale))
+        member = torch.arange(len(out.levels), dtype=torch.uint8, device=out.scale.device)
+        out.own, out.member = None, member[:, None].repeat(1, self.geometry.units)
+        return out
 
     def at(self, values: Tensor, index: int) -> Tensor:
         """Values of one block or unit: [N], or [1] for all."""
@@ -74,6 +87,8 @@ class Rounder:
 
     def members(self, unit: int) -> Tensor | int:
         """Members of one unit of all rows."""
+        if self.own is not None:
+            return self.own
         return 0 if self.member is None else self.at(self.member, unit)
 
     def range(self, block: int, member: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -90,6 +105,12 @@ class Rounder:
         a tensor's one member as they are; importance [n] in units of its mean over the row."""
         fmt = self.fmt
         assert isinstance(fmt.block, int) and self.scale.shape[1] > block
+        if self.params.levels is not None:
+            parent, now = self.params.parent, self.stored[:, block : block + 1]
+            stored = nearest_scales(fmt, w, importance, self.params.levels, now, parent)
+            self.stored[:, block] = stored[:, 0]
+            self.scale[:, block] = (stored if parent is None else stored * parent)[:, 0]
+            return
         members = family(fmt, self.params)
         if fmt.unit == "tensor" and self.member is not None:
             members = (members[int(self.member)],)

@@ -110,6 +110,7 @@ def keep_better(fmt: Format, new: State, old: State) -> State:
         (new.params.parent, old.params.parent, fmt.scale.parent == "tensor"),
         (new.params.member, old.params.member, fmt.unit == "tensor"),
         (new.params.palette, old.params.palette, True),
+        (new.params.levels, old.params.levels, False),
     ]
     better = new.losses < old.losses  # NaN loses
     if any(common and a is not None and b is not None and not torch.equal(a, b) for a, b, common in shared):
@@ -119,7 +120,7 @@ def keep_better(fmt: Format, new: State, old: State) -> State:
     def rows(a: Tensor | None, b: Tensor | None, common: bool) -> Tensor | None:
         return b if a is None or b is None or common else torch.where(pick, a, b)
 
-    scale, zero, parent, member, _ = (rows(*entry) for entry in shared)
+    scale, zero, parent, member, _, levels = (rows(*entry) for entry in shared)
     assert scale is not None
-    params = replace(old.params, scale=scale, zero=zero, parent=parent, member=member)
+    params = replace(old.params, scale=scale, zero=zero, parent=parent, member=member, levels=levels)
     return State(torch.where(pick, new.codes, old.codes), params, torch.where(better, new.losses, old.losses))
