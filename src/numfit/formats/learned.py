@@ -37,7 +37,7 @@ _CELLS = 1 << 18  # entries of the start's tables at a time: they stay in cache
 
 
 class _Sorted(NamedTuple):
-    """Rows in ascending order, and the sums of weight and of weight · value before each place: fp64 [R, K] and twice [R, K + 1]."""
+    """Rows in ascending order, fp64 [R, K], and the sums of weight and of weight · value before each place [R, K + 1]."""
 
     x: Tensor
     mass: Tensor
@@ -157,7 +157,9 @@ def learn_levels(fmt: Format, w: Tensor, importance: Tensor | None, params: Para
     return replace(params, levels=levels)
 
 
-def nearest_scales(fmt: Format, w: Tensor, importance: Tensor | None, levels: Tensor, stored: Tensor, parent: Tensor | None) -> Tensor:
+def nearest_scales(
+    fmt: Format, w: Tensor, importance: Tensor | None, levels: Tensor, stored: Tensor, parent: Tensor | None
+) -> Tensor:
     """Better scales of one block of every row for levels as they are: nearest codes and the best scale for them, in turn.
 
     Args:
@@ -195,13 +197,13 @@ def row_tables(levels: Tensor) -> Tables:
 
 
 def encode(w: Tensor, levels: Tensor, scale: Tensor, block: int) -> Tensor:
-    """Nearest codes of w [R, K] fp32 under levels [R, 2**bits] and effective scales [R, blocks]: uint8 [R, K]."""
+    """Nearest codes of w [R, K] under levels [R, 2**bits] and effective scales [R, blocks]: uint8 [R, K]."""
     t = row_tables(levels)
     if not usable(w.device):
-        return rank(w / per_column(scale, block, w.shape[1]), t.thresholds)
+        return rank(w.float() / per_column(scale, block, w.shape[1]), t.thresholds)
     out = torch.empty(w.shape, dtype=torch.uint8)
     for s in row_chunks(len(w), 1, NATIVE_ROWS):
         part = Tables(*(v[s] for v in t))
         member = torch.arange(len(part.levels), dtype=torch.uint8)[:, None].expand(-1, scale.shape[1])
-        out[s] = encode_in_one_pass(part, w[s], block, block, scale[s], None, member)
+        out[s] = encode_in_one_pass(part, w[s].float(), block, block, scale[s], None, member)
     return out

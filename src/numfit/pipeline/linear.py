@@ -77,7 +77,8 @@ def solve_linear(name: str, w: Tensor, statistics: Sequence[Statistics], fmt: Fo
         values = [getattr(part.params, field) for part in parts_of]
         return None if values[0] is None else torch.cat(values)
 
-    params = Params(torch.cat([p.params.scale for p in parts_of]), join("parent"), join("member"), join("zero"), levels=join("levels"))
+    scale = torch.cat([p.params.scale for p in parts_of])
+    params = Params(scale, join("parent"), join("member"), join("zero"), levels=join("levels"))
     return Solved(
         name, shape, fmt, torch.cat([p.weight for p in parts_of]), None, torch.cat([p.codes for p in parts_of]), params,
         notes=tuple(dict.fromkeys(note for p in parts_of for note in p.notes)),
