@@ -15,6 +15,7 @@ from numfit.formats import learned as learned_room
 from numfit.formats.fit import normalized_importance
 from numfit.formats.learned import BORDERS, learn, nearest_scales
 from numfit.kernels import PackedLinear, kernel_of, linear
+from numfit.kvcache.names import stream
 from numfit.native import library
 from numfit.reconstruction.cells import cells
 from numfit.reconstruction.tune import FixedRounding
@@ -327,3 +328,8 @@ def test_linears_decode_in_pytorch_and_kernels_say_why() -> None:
 def test_parameters_without_levels_stay_as_they_were() -> None:
     assert Params(torch.ones(1, 1)).levels is None
     assert "learned" not in format("nf4").to_json() and format("nf4").to_json()["version"] == 1
+
+
+def test_caches_take_fixed_levels() -> None:
+    with pytest.raises(OptionError, match="every token would carry"):
+        stream("km4-row")

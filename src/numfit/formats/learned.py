@@ -6,10 +6,10 @@ Without scales this is SqueezeLLM's dense part (arXiv 2306.07629), with the diag
 any4 (arXiv 2507.04610), but for symmetric groups. Weights are those of the squared error: importance · s².
 
 In one dimension the cells of an optimal table are runs of the sorted row, so that prefix sums give a cell's error in a few
-operations (Wu 1991). The table starts from the optimum among cells whose borders are 64 chosen places of the row, found by dynamic
-programming, and Lloyd's iterations take it from there: rows of up to 64 weights are solved exactly. On normal, Laplace
-and t5 rows of 576 weights, the error of 16 levels is then 1.005 to 1.008 times the least on average, of 8 levels 1.001 times; Lloyd
-alone ends 1.06 to 1.3 times above it from quantiles, and higher from NF4 (tests/test_learned.py holds the exact oracle).
+operations (Wu 1991). The table starts from the optimum among cells whose borders are 64 chosen places of the row, found by
+dynamic programming, and Lloyd's iterations take it from there: rows of up to 64 weights are solved exactly. On normal, Laplace
+and t5 rows of 576 weights, the error of 16 levels is then 1.005 to 1.008 times the least on average, that of 8 levels 1.001 times;
+Lloyd alone ends at 1.06 to 1.26 times from quantiles, and higher from NF4 (tests/test_learned.py holds the exact oracle).
 
 It needs a whole row and weights a level as heavily as a fp16 number: 16·2**bits bits a row.
 """
@@ -94,8 +94,8 @@ def _centroids(rows: _Sorted, borders: Tensor, levels: Tensor) -> Tensor:
 def _start(rows: _Sorted, weight: Tensor, count: int) -> Tensor:
     """Centroids of the best cells whose borders are among those of `_places`: fp64 [R, count].
 
-    A cell saves moment² / mass of the squared error around the row's mean; the savings of the best j cells up to place e are the
-    largest, over the place b where the last begins, of those of j - 1 cells up to b and of the cell b … e.
+    A cell saves moment² / mass of the squared error around the row's mean; the savings of the best j cells up to place e are
+    the largest, over the place b where the last begins, of those of j - 1 cells up to b and of the cell b … e.
     """
     places = _places(rows.x, weight)
     mass, moment = (t.gather(1, places) for t in (rows.mass, rows.moment))
@@ -133,7 +133,7 @@ def _places(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=k)
 
 
-# -- the verbs ------------------------------------------------------------------------------------------------------------------
+# -- the verbs --------------------------------------------------------------------------------------------------------
 
 
 def plain(fmt: Format) -> Format:

@@ -74,7 +74,7 @@ def kind(stream: Stream, dim: int) -> Kind | None:
         fmt = coder.at(row)
         g = fmt.geometry(row)
         shared = fmt.member_count == 1
-        fits = fmt.bits in (2, 3, 4) and fmt.scale.store == "fp16" and not (fmt.zero or fmt.spare or fmt.palette or fmt.learned)
+        fits = fmt.bits in (2, 3, 4) and fmt.scale.store == "fp16" and not (fmt.zero or fmt.spare or fmt.palette)
         blocks = g.block >= 16 and not g.block & (g.block - 1) and row % g.block == 0
         if not fits or not blocks or not (shared or (g.unit >= 64 and g.unit == g.block)):
             return None

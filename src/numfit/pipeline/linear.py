@@ -100,8 +100,8 @@ def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: P
 
 
 def best_chain(fmt: Format) -> str:
-    """The solver steps that suit a format: blocks can be improved one by one where there are several in a row, learned levels with
-    all codes of theirs alone."""
+    """The solver steps that suit a format: blocks can be improved one by one where there are several in a row, learned levels
+    only for a whole row."""
     if fmt.learned:
         return "gptq+alternate+descent+refit"
     return "gptq+blocks+descent+refit" if isinstance(fmt.block, int) else "gptq+alternate+descent"
