@@ -8,7 +8,7 @@ any4 (arXiv 2507.04610), but for symmetric groups. Weights are those of the squa
 In one dimension the cells of an optimal table are runs of the sorted row, so that prefix sums give a cell's error in a few
 operations (Wu 1991). The table starts from the optimum among cells whose borders are 64 chosen places of the row, found by
 dynamic programming, and Lloyd's iterations take it from there: rows of up to 64 weights are solved exactly. On normal, Laplace
-and t5 rows of 576 weights, the error of 16 levels is then 1.005 to 1.008 times the least on average, that of 8 levels 1.001 times;
+and t5 rows of 576 weights, the error of 16 levels is then 1.005 to 1.008 times the least on average, that of 8 levels 1.001;
 Lloyd alone ends at 1.06 to 1.26 times from quantiles, and higher from NF4 (tests/test_learned.py holds the exact oracle).
 
 It needs a whole row and weights a level as heavily as a fp16 number: 16·2**bits bits a row.
