@@ -44,7 +44,8 @@ ISAS = isa_names()
 BEST = ISAS[-1] if ISAS else ""
 
 NAMES = [
-    *(name for name in bases() if not format(name).learned), "mant4-g32@e3m3", "mant4-g64@u8", "mant4-row", "mant4-g128", "mant4-g48", "ams-e2m2k4-g128", "fp5.33-g64@bf16",
+    *(name for name in bases() if not format(name).learned),
+    "mant4-g32@e3m3", "mant4-g64@u8", "mant4-row", "mant4-g128", "mant4-g48", "ams-e2m2k4-g128", "fp5.33-g64@bf16",
     "fp5.33-g96", "ams-e2m2k4-g20", "ams-e4m3k5-g16@u8", "ams-e2m2k8-g64", "razer4-g64@fp16", "razer4-g16@e4m3",
     "razer4-g32@bf16", "if4-g32@fp16", "nf4-g64@bf16", "int4-tensor", "int4-row", "uint4-tensor@bf16", "uint3-g16@e3m3",
     "uint8-g32@e8m0", "fp4.25-tensor", "ant4-g32@e4m3", "int6-g32@e8m0", "int3-g24", "int5-g7@u8", "pot2-g1",

@@ -6,10 +6,10 @@ Without scales this is SqueezeLLM's dense part (arXiv 2306.07629), with the diag
 any4 (arXiv 2507.04610), but for symmetric groups. Weights are those of the squared error: importance · s².
 
 In one dimension the cells of an optimal table are runs of the sorted row, so that prefix sums give a cell's error in a few
-operations (Wu 1991). The table starts from the optimum among cells whose borders are 64 chosen places of the row, found by dynamic
-programming, and Lloyd's iterations take it from there: rows of up to 64 weights are solved exactly. On normal, Laplace
-and t5 rows of 576 weights, the error of 16 levels is then 1.005 to 1.008 times the least on average, of 8 levels 1.001 times; Lloyd
-alone ends 1.06 to 1.3 times above it from quantiles, and higher from NF4 (tests/test_learned.py holds the exact oracle).
+operations (Wu 1991). The table starts from the optimum among cells whose borders are 64 chosen places of the row, found by
+dynamic programming, and Lloyd's iterations take it from there: rows of up to 64 weights are solved exactly. On normal, Laplace
+and t5 rows of 576 weights, the error of 16 levels is then 1.005 to 1.008 times the least on average, that of 8 levels 1.001;
+Lloyd alone ends at 1.06 to 1.26 times from quantiles, and higher from NF4 (tests/test_learned.py holds the exact oracle).
 
 It needs a whole row and weights a level as heavily as a fp16 number: 16·2**bits bits a row.
 """
@@ -37,7 +37,7 @@ _CELLS = 1 << 18  # entries of the start's tables at a time: they stay in cache
 
 
 class _Sorted(NamedTuple):
-    """Rows in ascending order, and the sums of weight and of weight · value before each place: fp64 [R, K] and twice [R, K + 1]."""
+    """Rows in ascending order, fp64 [R, K], and the sums of weight and of weight · value before each place [R, K + 1]."""
 
     x: Tensor
     mass: Tensor
@@ -94,8 +94,8 @@ def _centroids(rows: _Sorted, borders: Tensor, levels: Tensor) -> Tensor:
 def _start(rows: _Sorted, weight: Tensor, count: int) -> Tensor:
     """Centroids of the best cells whose borders are among those of `_places`: fp64 [R, count].
 
-    A cell saves moment² / mass of the squared error around the row's mean; the savings of the best j cells up to place e are the
-    largest, over the place b where the last begins, of those of j - 1 cells up to b and of the cell b … e.
+    A cell saves moment² / mass of the squared error around the row's mean; the savings of the best j cells up to place e are
+    the largest, over the place b where the last begins, of those of j - 1 cells up to b and of the cell b … e.
     """
     places = _places(rows.x, weight)
     mass, moment = (t.gather(1, places) for t in (rows.mass, rows.moment))
@@ -133,7 +133,7 @@ def _places(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=k)
 
 
-# -- the verbs ------------------------------------------------------------------------------------------------------------------
+# -- the verbs --------------------------------------------------------------------------------------------------------
 
 
 def plain(fmt: Format) -> Format:
@@ -157,7 +157,9 @@ def learn_levels(fmt: Format, w: Tensor, importance: Tensor | None, params: Para
     return replace(params, levels=levels)
 
 
-def nearest_scales(fmt: Format, w: Tensor, importance: Tensor | None, levels: Tensor, stored: Tensor, parent: Tensor | None) -> Tensor:
+def nearest_scales(
+    fmt: Format, w: Tensor, importance: Tensor | None, levels: Tensor, stored: Tensor, parent: Tensor | None
+) -> Tensor:
     """Better scales of one block of every row for levels as they are: nearest codes and the best scale for them, in turn.
 
     Args:
@@ -195,13 +197,13 @@ def row_tables(levels: Tensor) -> Tables:
 
 
 def encode(w: Tensor, levels: Tensor, scale: Tensor, block: int) -> Tensor:
-    """Nearest codes of w [R, K] fp32 under levels [R, 2**bits] and effective scales [R, blocks]: uint8 [R, K]."""
+    """Nearest codes of w [R, K] under levels [R, 2**bits] and effective scales [R, blocks]: uint8 [R, K]."""
     t = row_tables(levels)
     if not usable(w.device):
-        return rank(w / per_column(scale, block, w.shape[1]), t.thresholds)
+        return rank(w.float() / per_column(scale, block, w.shape[1]), t.thresholds)
     out = torch.empty(w.shape, dtype=torch.uint8)
     for s in row_chunks(len(w), 1, NATIVE_ROWS):
         part = Tables(*(v[s] for v in t))
         member = torch.arange(len(part.levels), dtype=torch.uint8)[:, None].expand(-1, scale.shape[1])
-        out[s] = encode_in_one_pass(part, w[s], block, block, scale[s], None, member)
+        out[s] = encode_in_one_pass(part, w[s].float(), block, block, scale[s], None, member)
     return out

@@ -73,8 +73,8 @@ class PackedLinear:
             raise OptionError(f"the CPU kernels cannot use a weight on '{weight.planes['codes'].device}'; move it to the CPU")
         if weight.format.learned:
             raise FormatError(
-                f"{weight.format.name} has no CPU kernel: its levels differ from row to row, and kernels decode all rows by one "
-                "table; PyTorch decodes it instead, which takes a multiple of the time"
+                f"{weight.format.name} has no CPU kernel: its levels differ from row to row, and kernels decode all rows by "
+                "one table; PyTorch decodes it instead, which takes a multiple of the time"
             )
         weight = QuantizedTensor.from_planes(weight.format, weight.shape, weight.planes)
         side = SideTerms(weight) if weight.format.side else None

@@ -43,6 +43,11 @@ class Typed:
     rule: str = "mse"
 
     def __post_init__(self) -> None:
+        if self.format.learned:
+            raise OptionError(
+                f"{self.format.name} learns a table of levels for each row, which in a cache every token would carry; "
+                "use a type with fixed levels, such as mant4-g64 or nf4-g64"
+            )
         span = self.format.parent_span
         if self.format.scale.parent == "tensor":
             object.__setattr__(self, "format", replace(self.format, scale=replace(self.format.scale, parent="row")))

@@ -77,7 +77,8 @@ def solve_linear(name: str, w: Tensor, statistics: Sequence[Statistics], fmt: Fo
         values = [getattr(part.params, field) for part in parts_of]
         return None if values[0] is None else torch.cat(values)
 
-    params = Params(torch.cat([p.params.scale for p in parts_of]), join("parent"), join("member"), join("zero"), levels=join("levels"))
+    scale = torch.cat([p.params.scale for p in parts_of])
+    params = Params(scale, join("parent"), join("member"), join("zero"), levels=join("levels"))
     return Solved(
         name, shape, fmt, torch.cat([p.weight for p in parts_of]), None, torch.cat([p.codes for p in parts_of]), params,
         notes=tuple(dict.fromkeys(note for p in parts_of for note in p.notes)),
@@ -99,8 +100,8 @@ def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: P
 
 
 def best_chain(fmt: Format) -> str:
-    """The solver steps that suit a format: blocks can be improved one by one where there are several in a row, learned levels with
-    all codes of theirs alone."""
+    """The solver steps that suit a format: blocks can be improved one by one where there are several in a row, learned levels
+    only for a whole row."""
     if fmt.learned:
         return "gptq+alternate+descent+refit"
     return "gptq+blocks+descent+refit" if isinstance(fmt.block, int) else "gptq+alternate+descent"

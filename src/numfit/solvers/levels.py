@@ -1,8 +1,8 @@
 """The learned levels of least loss for codes as they are.
 
-A row is linear in its levels: ŵ = Zᵀ l, where z_cj is the scale of weight j if its code is c and else 0. So its loss is least at
-l + δ, (Z H Zᵀ) δ = Z H (w - ŵ)ᵀ: one small system a row, 2**bits of each. This is the centroid step of k-means under all of H, where the
-fit knows its diagonal alone.
+A row is linear in its levels: ŵ = Zᵀ l, where z_cj is the scale of weight j if its code is c and else 0. So its loss is least
+at l + δ, (Z H Zᵀ) δ = Z H (w - ŵ)ᵀ: one system of 2**bits a row. This is the centroid step of k-means under all of H, where
+the fit knows its diagonal alone.
 """
 
 from __future__ import annotations

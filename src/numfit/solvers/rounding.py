@@ -50,7 +50,8 @@ class Rounder:
     def part(self, rows: slice) -> Rounder:
         """The same of some rows of a matrix with learned levels, as a family with a member for each of them."""
         out = copy.copy(self)
-        out.thresholds, out.codes, out.levels, out.scale = (t[rows] for t in (self.thresholds, self.codes, self.levels, self.scale))
+        out.thresholds, out.codes = self.thresholds[rows], self.codes[rows]
+        out.levels, out.scale = self.levels[rows], self.scale[rows]
         member = torch.arange(len(out.levels), dtype=torch.uint8, device=out.scale.device)
         out.own, out.member = None, member[:, None].repeat(1, self.geometry.units)
         return out
