@@ -58,7 +58,7 @@ class Kind(NamedTuple):
 def kind(stream: Stream, dim: int) -> Kind | None:
     """What the kernel needs to know of a stream; None where it cannot read it."""
     row, coder = stream.row(dim), stream.coder
-    if stream.outliers or stream.permuted or row not in (32, 64, 128, 256) or dim % 16 or dim > 256:
+    if stream.outliers or stream.permuted or stream.polar or row not in (32, 64, 128, 256) or dim % 16 or dim > 256:
         return None
     if isinstance(coder, Uniform):
         group = min(coder.group, row)
