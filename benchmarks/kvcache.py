@@ -3,6 +3,7 @@
     python benchmarks/kvcache.py                                  # SmolLM2-135M, one window of 2048
     python benchmarks/kvcache.py --model qwen-0.5b --results q.jsonl --markdown
     python benchmarks/kvcache.py --model DIR --text valid.txt --caches "kv4;kv4 sink=0;hf:quanto-4"
+    python benchmarks/kvcache.py --errors-only                    # the attention error alone, in a few minutes
     python benchmarks/kvcache.py --speed                          # one decode step at 8k of a Llama-7B layer, nothing else
 
 The text goes through the model in passes of --chunk tokens, each seeing what came before it through the cache; the reference
@@ -46,9 +47,11 @@ OURS = [
     *PRESETS, "kv4 sink=0",
     "asym4-g32/channel,asym4-g32", "asym2-g32/channel,asym2-g32", "asym2-g64/channel,asym2-g64",  # KIVI
     "mant4-paper8,mant4-paper8/channel", "mant4-table16,mant4-table16/channel", "mant4-search8,mant4-search8/channel",
-    "asym4-g64,asym4-g64", "asym4-g32+permuted,asym4-g64", "tq4,tq4", "tq3+centred,tq3", "oct3+centred,oct3",
+    "asym4-g64,asym4-g64", "asym4-g32,asym4-g64", "asym4-g32+centred,asym4-g64", "asym4-g32+permuted,asym4-g64",
+    "tq4,tq4", "tq3+centred,tq3", "oct3+centred,oct3",
     "asym3-g128/channel,rotvq", "rotvq+centred,rotvq", "asym4-g128/channel,ternary-g32/channel",
-    "asym3-g128/channel+outliers0.01,tq3", "nf4-g64,nf4-g64", "fp8-row,fp8-row",
+    "asym3-g128/channel+outliers0.01,tq3", "polar4-g128,tq4", "sign-g32/channel+fourier,asym2-g32",
+    "nf4-g64,nf4-g64", "fp8-row,fp8-row",
 ]  # fmt: skip
 # transformers' caches. Axes of keys and of values: with quanto 0 groups channels of a token, -1 tokens of a channel; with hqq 1
 # groups channels of a token, 0 numbers of one channel, far apart.
@@ -187,12 +190,20 @@ def attention_error(name: str, layers: list[tuple[Tensor, Tensor, Tensor, float]
     return sum(errors) / len(errors)
 
 
+def stored_bits(name: str, dim: int) -> float | None:
+    """Bits a value of our streams, by their own account; None for transformers' caches, which give none."""
+    return None if name.startswith("hf:") else sum(s.bits_per_value(dim) for s in preset(settings(name)[0])) / 2
+
+
 def measure(model: Any, windows: Tensor, name: str, chunk: int, kept: list[tuple[Tensor, Tensor]],
             layers: Any) -> dict[str, Any]:  # fmt: skip
-    """One row of the table."""
+    """One row of the table; without `kept`, only its attention error."""
     started = time.process_time()
     theirs = name.startswith("hf:")
     kv, options = settings(name)
+    if not kept:
+        bits = stored_bits(name, layers[0][1].shape[-1])
+        return {"cache": name, "bits": bits, "attention_error": attention_error(name, layers, model.config)}
     passes: list[tuple[Tensor, Tensor, Tensor]] = []
     found: list[float] = []
     for ids, (log_probs, _) in zip(windows, kept):
@@ -220,6 +231,9 @@ def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table."""
     if "absent" in row:
         return [row["cache"], f"not measured: {row['absent']}", *[""] * 5]
+    if "ppl" not in row:
+        bits = "" if row["bits"] is None else f"{row['bits']:.3f}"
+        return [row["cache"], bits, "", f"{row['attention_error']:.4f}", *[""] * 3]
     return [
         row["cache"], f"{row['bits']:.3f}", f"{row['kept']:.0f}", f"{row['attention_error']:.4f}",
         f"{row['kl_mean']:.5f} ± {row['kl_se']:.5f}", f"{100 * row['top1']:.2f} %",
@@ -254,6 +268,8 @@ def quality(args: argparse.Namespace) -> None:
         text = read_text(args.text)
     setting = {"model": directory.name, "text": hashlib.sha256(text.encode()).hexdigest()[:16], "windows": args.windows,
                "context": args.context, "chunk": args.chunk}  # fmt: skip
+    if args.errors_only:
+        setting = {"model": directory.name, "text": setting["text"], "errors_only": True}
     path = Path(args.results) if args.results else None
     done: dict[str, Any] = {}
     if path and path.exists():
@@ -270,9 +286,9 @@ def quality(args: argparse.Namespace) -> None:
         model, tokenizer = load(directory, dtype="float32")
         with torch.inference_mode():
             windows, _ = model_windows(model, tokenizer, text, args.windows, args.context)
-            kept = [reference(model, ids[None]) for ids in windows]
+            kept = [] if args.errors_only else [reference(model, ids[None]) for ids in windows]
             layers = captured(model, windows[:1, :516])
-            base = float(torch.cat([loss for _, loss in kept]).mean().exp())
+            base = float(torch.cat([loss for _, loss in kept]).mean().exp()) if kept else None
             for name in missing:
                 try:
                     row = measure(model, windows, name, args.chunk, kept, layers)
@@ -286,8 +302,11 @@ def quality(args: argparse.Namespace) -> None:
                     with path.open("a") as file:
                         file.write(json.dumps(done[name]) + "\n")
     rows = [done[name] for name in names]
-    print(f"{directory.name}: {args.windows} × {args.context} tokens in passes of {args.chunk}; perplexity without a cache "
-          f"{rows[0]['reference_ppl']:.3f}\n")  # fmt: skip
+    what = "attention errors alone" if args.errors_only else (
+        f"{args.windows} × {args.context} tokens in passes of {args.chunk}; "
+        f"perplexity without a cache {rows[0]['reference_ppl']:.3f}"
+    )  # fmt: skip
+    print(f"{directory.name}: {what}\n")
     print(table(rows, args.markdown))
 
 
@@ -362,6 +381,7 @@ def main() -> None:
     parser.add_argument("--caches", help="names separated by ';' instead of all")
     parser.add_argument("--results", help="a file of JSON lines that keeps what was measured")
     parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
+    parser.add_argument("--errors-only", action="store_true", help="only the attention errors")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--length", type=int, default=8192)
