@@ -66,12 +66,14 @@ def _spread(values: Tensor, group: int, n: int) -> Tensor:
 class Uniform:
     """Evenly spaced levels per group (KIVI; ggml's q8_0 and q4_1; COMET's KV4).
 
-    symmetric: scale = max|x| / (2^(b−1) − 1), codes −2^(b−1) … 2^(b−1) − 1; else scale = (max − min) / (2^b − 1) and a minimum.
+    symmetric: scale = max|x| / (2^(b−1) − 1), codes −2^(b−1) … 2^(b−1) − 1; else scale = (max − min) / (2^b − 1) and a minimum;
+    bins: scale = (max − min) / 2^b, and levels are the middles of 2^b bins from the minimum on (PolarQuant, Wu et al. 2025).
     """
 
     bits: int
     group: int
     symmetric: bool = False
+    bins: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8 or (self.symmetric and self.bits < 2) or self.group < 1:
@@ -91,8 +93,8 @@ class Uniform:
             planes = {"scale": scale}
         else:
             least, most = torch.aminmax(grouped, dim=-1)
-            low = least.half()
-            scale = ((most - least) / ((1 << self.bits) - 1)).half()
+            scale = ((most - least) / ((1 << self.bits) - (not self.bins))).half()
+            low = (least + scale.float() / 2 if self.bins else least).half()  # the lowest level
             codes = _steps(grouped - low.float().unsqueeze(-1), scale).clamp(0, (1 << self.bits) - 1)
             planes = {"scale": scale, "low": low}
         return {"codes": pack_bits(codes.flatten(-2)[..., :n].to(torch.uint8), self.bits), **planes}
@@ -268,6 +270,24 @@ class Ternary:
 
     def decode(self, planes: Planes, n: int) -> Tensor:
         return (unpack_digits(planes["codes"], 3, n).float() - 1) * _spread(planes["scale"], self.group, n)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """±α per group, α the mean magnitude: least squared error at one bit (VidKV's easy channels, with the −α it forgets)."""
+
+    group: int = 32
+
+    def planes(self, n: int) -> dict[str, PlaneSpec]:
+        groups = -(-n // self.group)
+        return {"codes": PlaneSpec(torch.uint8, packed_bytes(n, 1)), "scale": PlaneSpec(torch.float16, groups)}
+
+    def encode(self, x: Tensor) -> Planes:
+        scale = _grouped(x, self.group).abs().mean(-1).half()
+        return {"codes": pack_bits((x >= 0).to(torch.uint8), 1), "scale": scale}
+
+    def decode(self, planes: Planes, n: int) -> Tensor:
+        return (unpack_bits(planes["codes"], 1, n).float() * 2 - 1) * _spread(planes["scale"], self.group, n)
 
 
 @dataclass(frozen=True)

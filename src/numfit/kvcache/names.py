@@ -5,11 +5,12 @@ A name is `type[/channel][+part…]`:
     asym4-g64           uniform, minimum and scale per 64           sym8-g32      symmetric
     tq4, tq-k10         rotated Lloyd-Max of 4 bits, of 10 levels    rotvq         rotated words of four values, 2 bits
     oct3                rotated octahedral triplets                  ternary-g32   −α, 0, α
+    polar4-g128         length and angle of RoPE's pairs, along time  sign-g32      −α, α
     mant4-paper3, -paper8, -table16, -search8, -search16             M-ANT, groups of 64 or `-gN`
     nf4-g64, mxfp4, fp8-row, fp4.25, …                               any numfit format
 
     /channel            rows run along time, one channel each; their length is the group (128, 64 for M-ANT)
-    +centred  +permuted  +outliers0.01  +haar  +hadamard  +plain  +unbiased  +seed7
+    +centred  +permuted  +outliers0.01  +haar  +hadamard  +fourier  +plain  +unbiased  +seed7
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dataclasses import replace
 
 from numfit.errors import FormatError, OptionError
 from numfit.formats import format as named_format
-from numfit.kvcache.coders import Coder, LloydMax, Octahedral, Residual, Ternary, Uniform, WordBook
+from numfit.kvcache.coders import Coder, LloydMax, Octahedral, Residual, Sign, Ternary, Uniform, WordBook
+from numfit.kvcache.rotation import KINDS
 from numfit.kvcache.stream import Stream
 from numfit.kvcache.typed import Typed, mant_coder
 
@@ -32,7 +34,7 @@ PRESETS: dict[str, tuple[str, str, str]] = {
     "mant4": ("mant4-paper3", "mant4-paper3/channel", "M-ANT as published: types by variance"),
     "mant4+": ("mant4-search8+centred", "mant4-search8/channel", "M-ANT with centred keys and types by search"),
 }
-_GRAMMAR = "names read type[/channel][+centred|+permuted|+outliers0.01|+haar|+hadamard|+plain|+unbiased|+seedN]"
+_GRAMMAR = "names read type[/channel][+centred|+permuted|+outliers0.01|+haar|+hadamard|+fourier|+plain|+unbiased|+seedN]"
 
 
 def preset(name: str) -> tuple[Stream, Stream]:
@@ -64,8 +66,9 @@ def stream(name: str) -> Stream:
     if axis not in ("", "channel"):
         raise OptionError(f"'{name}': rows run along a token, or '/channel', not '/{axis}'; {_GRAMMAR}")
     coder, rotation, group = _coder(kind, name)
-    out = Stream(name, coder, rotation=rotation)
-    if axis:
+    polar = kind.startswith("polar")
+    out = Stream(name, coder, rotation=rotation, polar=polar)
+    if axis or polar:
         out = replace(out, axis="channel", window=group or 128)
     for part in parts:
         out = _with(out, part, name)
@@ -76,7 +79,7 @@ def _with(out: Stream, part: str, name: str) -> Stream:
     """A stream with one more part of its name."""
     if part in ("centred", "permuted"):
         return replace(out, **{part: True})  # type: ignore[arg-type]
-    if part in ("haar", "hadamard"):
+    if part in KINDS:
         return replace(out, rotation=part)
     if part in ("plain", "renorm", "unbiased") and isinstance(out.coder, LloydMax):
         return replace(out, coder=replace(out.coder, norm=part))
@@ -101,6 +104,10 @@ def _coder(kind: str, name: str) -> tuple[Coder, str | None, int | None]:
         return WordBook(), "haar", None
     if match := re.fullmatch(r"ternary(?:-g(\d{1,4}))?", kind):
         return Ternary(int(match[1] or 32)), None, None
+    if match := re.fullmatch(r"sign(?:-g(\d{1,4}))?", kind):
+        return Sign(int(match[1] or 32)), None, int(match[1] or 32)
+    if match := re.fullmatch(r"polar([2-8])-g(\d{1,4})", kind):
+        return Uniform(int(match[1]), int(match[2]), bins=True), None, int(match[2])
     if match := re.fullmatch(r"mant4-(paper3|paper8|table16|search8|search16)(?:-g(\d{1,4}))?", kind):
         return mant_coder(match[1], int(match[2] or 64)), None, int(match[2] or 64)
     try:

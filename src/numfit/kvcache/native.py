@@ -58,7 +58,7 @@ class Kind(NamedTuple):
 def kind(stream: Stream, dim: int) -> Kind | None:
     """What the kernel needs to know of a stream; None where it cannot read it."""
     row, coder = stream.row(dim), stream.coder
-    if stream.outliers or stream.permuted or row not in (32, 64, 128, 256) or dim % 16 or dim > 256:
+    if stream.outliers or stream.polar or row not in (32, 64, 128, 256) or dim % 16 or dim > 256:
         return None
     if isinstance(coder, Uniform):
         group = min(coder.group, row)
@@ -143,6 +143,8 @@ def attend(query: Tensor, keys: Snapshot, values: Snapshot, mask: Tensor | None)
     bias = None
     if "mean" in keys.const:  # q · (k + μ) = q · k + q · μ
         bias = (query * keys.const["mean"].float().unsqueeze(2)).sum(-1).contiguous()
+    if "order" in keys.const:  # the queries follow their keys
+        query = query.gather(-1, keys.const["order"].long().unsqueeze(2).expand_as(query)).contiguous()
     blocks = -(-tokens // block)
     key_stream, held = _describe(keys, of_keys, blocks)
     value_stream, also_held = _describe(values, of_values, blocks)
@@ -159,5 +161,7 @@ def attend(query: Tensor, keys: Snapshot, values: Snapshot, mask: Tensor | None)
     del held, also_held
     if failed:
         raise NumfitError(error.value.decode())
+    if "order" in values.const:
+        out = torch.zeros_like(out).scatter(-1, values.const["order"].long().unsqueeze(2).expand_as(out), out)
     most = torch.where(total > 0, most, -torch.inf)
     return most, total, out

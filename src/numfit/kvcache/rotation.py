@@ -2,7 +2,8 @@
 
 "haar": Q of a seeded Gaussian matrix, any size. "hadamard": two rounds of random signs and Walsh-Hadamard, powers of two; one
 round leaves sparse vectors with few distinct coordinates (a one-hot vector becomes ±1/√n everywhere, which no table for
-Gaussians fits), two do not. Both are stored as the dense matrix they are: heads have at most 256 dimensions.
+Gaussians fits), two do not. "fourier": cosines and sines, any size, no seed; it gathers what neighbouring
+channels have in common (VidKV's one-bit keys). All are stored as the dense matrix they are: heads have at most 256 dimensions.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numfit.errors import OptionError
 from numfit.orthogonal import butterflies
 from numfit.threads import cpu_threads
 
-KINDS = ("haar", "hadamard")
+KINDS = ("haar", "hadamard", "fourier")
 
 
 @lru_cache(maxsize=32)
@@ -38,6 +39,10 @@ def basis(kind: str, n: int, seed: int, device: torch.device) -> Tensor:
         h = butterflies(torch.eye(n, dtype=torch.float64)) / math.sqrt(n)
         first, second = ((torch.randint(0, 2, (n,), generator=generator) * 2 - 1).double() for _ in range(2))
         return (h * second @ (h * first)).to(device)  # H D₂ H D₁
+    if kind == "fourier":
+        wave = 2 * math.pi / n * torch.arange(n, dtype=torch.float64) * torch.arange(n // 2 + 1, dtype=torch.float64)[:, None]
+        rows = torch.cat([wave.cos(), wave[1 : (n + 1) // 2].sin()])  # 0 … n/2, then 1 … (n − 1)/2
+        return (rows / rows.norm(dim=1, keepdim=True)).to(device)
     raise OptionError(f"unknown rotation '{kind}'; choose from: {', '.join(KINDS)}")
 
 

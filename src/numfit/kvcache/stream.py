@@ -1,6 +1,7 @@
 """A stream: how keys, or values, of shape [B, H, T, D] become rows, and what is done to them before a coder sees them.
 
-    x → coordinates in a basis → minus a mean of channels → channels in another order → rows → outliers out → coder
+    x → coordinates in a basis → minus a mean of channels → channels in another order → pairs as length and angle → rows →
+    outliers out → coder
 
 Axis "token": a row is the head of one token (D values), and any token can be encoded alone. Axis "channel": a row is one
 channel over `window` tokens, as keys with fixed large channels want (KIVI), and `window` tokens are encoded together.
@@ -9,6 +10,7 @@ The mean and the order are constants of a layer, found from its first `CALIBRATI
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +38,7 @@ class Stream:
         seed: of the basis.
         centred: subtract each channel's mean. Exact for keys, since softmax does not see q·μ; it is added back all the same.
         permuted: put channels of like magnitude beside each other, so that they share groups (2403.20137).
+        polar: channels i and i + D/2, which RoPE turns together, become their length and angle (PolarQuant, Wu et al. 2025).
         outliers: share of each row stored exactly, with its places (KVQuant's sparse part).
     """
 
@@ -47,6 +50,7 @@ class Stream:
     seed: int = 0
     centred: bool = False
     permuted: bool = False
+    polar: bool = False
     outliers: float = 0.0
 
     def __post_init__(self) -> None:
@@ -133,6 +137,9 @@ def encode(stream: Stream, x: Tensor, const: Constants, where: str = "") -> Plan
         x = x - const["mean"].float().unsqueeze(2)
     if "order" in const:
         x = x.gather(-1, const["order"].long().unsqueeze(2).expand_as(x))
+    if stream.polar:
+        x = _to_polar(x)
+        _check(x, where)  # a length may be √2 times as large
     if stream.axis == "channel":
         x = x.unflatten(2, (-1, stream.window)).transpose(-1, -2)  # [B, H, T / window, D, window]
     rows = x.contiguous()
@@ -151,11 +158,20 @@ def decode(stream: Stream, planes: Planes, dim: int, const: Constants) -> Tensor
     if stream.outliers:
         rows = rows.scatter(-1, planes["place"].long(), planes["exact"].float())
     x = rows.transpose(-1, -2).flatten(2, 3) if stream.axis == "channel" else rows
+    if stream.polar:
+        length, angle = x.chunk(2, -1)
+        x = torch.cat([length * angle.cos(), length * angle.sin()], -1)
     if "order" in const:
         x = torch.zeros_like(x).scatter(-1, const["order"].long().unsqueeze(2).expand_as(x), x)
     if "mean" in const:
         x = x + const["mean"].float().unsqueeze(2)
     return x
+
+
+def _to_polar(x: Tensor) -> Tensor:
+    """[..., D] → lengths of the pairs (i, i + D/2), then their angles in [0, 2π)."""
+    a, b = x.double().chunk(2, -1)
+    return torch.cat([torch.hypot(a, b), torch.atan2(b, a) % (2 * math.pi)], -1).float()
 
 
 def _check(x: Tensor, where: str) -> None:
