@@ -71,8 +71,8 @@ def compiled_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose
     if rounder.own is not None:
         for s in row_chunks(n, 1, NATIVE_ROWS):
             original, before = (None if t is None else t[s] for t in (panel.original, panel.before))
-            part = panel._replace(w=panel.w[s], original=original, codes=panel.codes[s], error=panel.error[s], before=before)
-            compiled_panel(part, start, stop, rounder.part(s), choose)
+            rows = panel._replace(w=panel.w[s], original=original, codes=panel.codes[s], error=panel.error[s], before=before)
+            compiled_panel(rows, start, stop, rounder.part(s), choose)
         return
     p, r = panel.terms
     for part in (panel.w, panel.codes, panel.u, p, r):

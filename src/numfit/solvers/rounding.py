@@ -33,9 +33,9 @@ class Rounder:
 
     def __init__(self, fmt: Format, params: Params, k: int) -> None:
         self.fmt, self.params, self.geometry = fmt, params, fmt.geometry(k)
-        learned = params.levels is not None
-        t = row_tables(params.levels) if learned else tables(family(fmt, params), fmt.rounding, params.scale.device)
-        self.own = torch.arange(len(t.levels), device=params.scale.device) if learned else None
+        device, levels = params.scale.device, params.levels
+        t = tables(family(fmt, params), fmt.rounding, device) if levels is None else row_tables(levels)
+        self.own = None if levels is None else torch.arange(len(t.levels), device=device)
         self.thresholds, self.codes = t.thresholds.contiguous(), t.codes.contiguous()
         self.levels = t.levels.gather(1, self.codes.long()).contiguous()
         self.scale = params.effective_scale().clone()
