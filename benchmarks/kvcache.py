@@ -190,9 +190,11 @@ def attention_error(name: str, layers: list[tuple[Tensor, Tensor, Tensor, float]
     return sum(errors) / len(errors)
 
 
-def stored_bits(name: str, dim: int) -> float | None:
-    """Bits a value of our streams, by their own account; None for transformers' caches, which give none."""
-    return None if name.startswith("hf:") else sum(s.bits_per_value(dim) for s in preset(settings(name)[0])) / 2
+def stored_bits(name: str, dim: int) -> float:
+    """Bits a value, by definition: keys and values alike."""
+    if name.startswith("hf:"):
+        return PEERS[settings(name)[0]].get("nbits", 8) + (0 if name.startswith("hf:fp8") else 32 / 64)
+    return sum(s.bits_per_value(dim) for s in preset(settings(name)[0])) / 2
 
 
 def measure(model: Any, windows: Tensor, name: str, chunk: int, kept: list[tuple[Tensor, Tensor]],
@@ -232,8 +234,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     if "absent" in row:
         return [row["cache"], f"not measured: {row['absent']}", *[""] * 5]
     if "ppl" not in row:
-        bits = "" if row["bits"] is None else f"{row['bits']:.3f}"
-        return [row["cache"], bits, "", f"{row['attention_error']:.4f}", *[""] * 3]
+        return [row["cache"], f"{row['bits']:.3f}", "", f"{row['attention_error']:.4f}", *[""] * 3]
     return [
         row["cache"], f"{row['bits']:.3f}", f"{row['kept']:.0f}", f"{row['attention_error']:.4f}",
         f"{row['kl_mean']:.5f} ± {row['kl_se']:.5f}", f"{100 * row['top1']:.2f} %",
@@ -274,7 +275,7 @@ def quality(args: argparse.Namespace) -> None:
     done: dict[str, Any] = {}
     if path and path.exists():
         for row in map(json.loads, path.read_text().splitlines()):
-            if row["setting"] == setting:
+            if row["setting"] == setting and "absent" not in row:  # (by now it may be there)
                 done[row["cache"]] = row
     names = [name.strip() for name in args.caches.split(";")] if args.caches else [*OURS, *PEERS]
     for name in names:  # a misspelt one is noticed before anything is loaded
