@@ -152,6 +152,24 @@ def test_long_rows_and_many_tokens(name: str) -> None:
         assert same_bits(w.apply(x[260 - m : 260], exact=True), fp32[260 - m :]), (name, m)
 
 
+@pytest.mark.parametrize("name", ["int4-g64", "nf4", "uint4-g64", "mant4", "mant4-g32@e3m3", "fp4.25", "fp5.33", "nvfp4"])
+@pytest.mark.parametrize("rows", [383, 515, 891])
+def test_squares_of_tokens_and_rows(name: str, rows: int) -> None:
+    """Rows enough that a thread has 3, 4, 7 blocks of them at a time, and tokens that fill squares of 64 partly."""
+    q = sample(format(name), rows, 150, seed=3)
+    x, w = activations(130, 150, 4), linear(q)
+    set_isa(ISAS[0])
+    plain = w.apply(x)
+    expected_int8(q, x, None, w.rounding).check(plain, (name, rows))
+    for isa in ISAS[1:]:
+        set_isa(isa)
+        assert same_bits(w.apply(x), plain), (name, rows, isa)
+    for m in (9, 16, 17, 32, 33, 48, 49, 64, 65, 80, 81, 97, 113):
+        assert same_bits(w.apply(x[:m]), plain[:m]), (name, rows, m)
+    set_threads(3)
+    assert same_bits(w.apply(x), plain), (name, rows, "threads")
+
+
 # -- bit for bit ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,22 +2,28 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "trellis.h"
 
 namespace nf {
 namespace {
 
-// Memory for prepared activations, kept between calls: one set a calling thread.
+// Memory for prepared activations, kept between calls: one set a calling thread. In huge pages, like weights: many tokens go
+// through it with large strides.
 struct Scratch {
-    std::unique_ptr<uint8_t[]> memory;
+    std::unique_ptr<void, void (*)(void *)> memory{nullptr, arena_free};
     size_t size = 0;
     uint8_t *get(size_t bytes) {
         if (bytes > size) {
-            memory.reset(new uint8_t[bytes + 64]);
+            bool huge;
+            memory.reset();
+            size = 0;
+            memory.reset(arena_alloc(static_cast<int64_t>(bytes), &huge));
+            if (!memory) throw std::bad_alloc();
             size = bytes;
         }
-        return memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
+        return static_cast<uint8_t *>(memory.get());
     }
 };
 
@@ -42,7 +48,7 @@ Acts prepare(const Layout &l, const float *x, int64_t m, int64_t ldx, bool exact
         a.sum = reinterpret_cast<int32_t *>(p + codes + words);
     }
     const Kernels &k = kernels();
-    const int64_t step = std::max<int64_t>(1, 16384 / l.k);
+    const int64_t step = std::max<int64_t>(m < 256 ? 1 : 16, 16384 / l.k);
     if (m <= step) k.quantize(l, x, ldx, a, 0, m);
     else parallel((m + step - 1) / step, [&](int64_t i) { k.quantize(l, x, ldx, a, i * step, std::min(m, (i + 1) * step)); });
     return a;
@@ -67,7 +73,8 @@ void apply_many(const Job *jobs, int count, const float *x, int64_t m, int64_t l
         const Acts a = prepare(l, x, m, ldx, exact);
         const int64_t work = l.positions() * kRows * m;  // multiplications of a block
         const int64_t most = m > 8 ? 8 : (int64_t{1} << 22) / work;  // many tokens: gemm.h has eight blocks take turns
-        const int64_t chunk = std::max<int64_t>(1, std::min(blocks / (8 * nf_threads()), most));
+        const int64_t threads = nf_threads(), least = m > 8 && blocks >= 4 * threads ? 2 : 1;  // pairs of blocks share loads
+        const int64_t chunk = std::max(least, std::min(blocks / (8 * threads), most));
         const auto body = [&](int64_t i) {
             int64_t from = i * chunk, to = std::min(blocks, from + chunk);
             for (int j = first; j < end && to > 0; j++) {

@@ -7,13 +7,16 @@ namespace NF_ISA {
 
 constexpr int kRun = 16;       // tiles decoded at a time: 16 KB of int8
 constexpr int kBlocks = 8;     // blocks of rows that take turns at a run, while its activations stay in the second cache level
+constexpr int kTogether = 4;   // of them, decoded at a time
 constexpr int64_t kSums = 512;  // tokens at a time
+constexpr int64_t kAhead = 16;  // tokens whose results are asked for before they are written
 
 // A decoded run of tiles of 16 rows.
 template <class T> struct Run {
     alignas(64) uint8_t first[kRun][16][64];
     alignas(64) uint8_t second[T::two ? kRun : 1][16][64];
     Factors group[kRun * 4];
+    uint8_t apart[1024];  // lest the same tiles of neighbouring runs compete for the same places of a cache
 };
 
 // Where decoding of a block of rows stands.
@@ -35,6 +38,9 @@ template <class T> static void decode_run(const typename T::Tables &tables, cons
                 at.entry += l.meta_bytes;
             }
             at.left = l.tiles_per_block;
+        }
+        for (int line = 0; line < 64 * stored_vectors(T::codes); line += 64) {  // of the next run
+            prefetch_far(at.code + kRun * l.code_bytes + line);
         }
         Bytes w[16];
         T::index(at.code, at.meta, w);
@@ -60,7 +66,7 @@ struct TileConfig {  // nothing to set up here
 };
 
 // sums [kStep][16] + tokens [token, token + kStep) times the run that starts at tile `t0`
-template <class T, bool scaled, bool zero> static void multiply(const Layout &l, const Run<T> &run, int64_t t0, int count, const Acts &a,
+template <class T, bool scaled, bool zero> static void multiply_step(const Layout &l, const Run<T> &run, int64_t t0, int count, const Acts &a,
                                                                 int64_t token, float (*sums)[16]) {
     const int bias = Vec::kBiased ? l.bias : 0, bias2 = Vec::kBiased ? l.bias2 : 0;
     const int per_group = T::count / l.sub;
@@ -96,6 +102,14 @@ template <class T, bool scaled, bool zero> static void multiply(const Layout &l,
     }
     for (int i = 0; i < kStep; i++) Vec::store_floats(sums[i], acc[i]);
 }
+
+// sums of `blocks` blocks of rows + tokens [first, first + tokens) times their runs, which start at tile `t0`
+template <class T, bool scaled, bool zero> static void multiply(const Layout &l, const Run<T> *run, int blocks, int64_t t0, int count,
+                                                                const Acts &a, int64_t first, int64_t tokens, float (*sums)[kSums][16]) {
+    for (int b = 0; b < blocks; b++) {
+        for (int64_t m = 0; m < tokens; m += kStep) multiply_step<T, scaled, zero>(l, run[b], t0, count, a, first + m, sums[b] + m);
+    }
+}
 #endif
 
 template <class T> static void many_tokens(const Layout &l, const Acts &a, float *y, int64_t ldy, const float *bias, int64_t from, int64_t to) {
@@ -103,13 +117,13 @@ template <class T> static void many_tokens(const Layout &l, const Acts &a, float
     const MemberTables members(l);
     const TileConfig config(l.group);
     struct Work {
-        Run<T> run;
+        Run<T> run[kTogether];
         Cursor at[kBlocks];
         alignas(64) float sums[kBlocks][kSums][16];
     };
     auto *work = static_cast<Work *>(aligned_work(sizeof(Work)));
-    const auto step = is_scaled<T>(l) ? l.zero_bytes ? multiply<T, true, true> : multiply<T, true, false>
-                                      : l.zero_bytes ? multiply<T, false, true> : multiply<T, false, false>;
+    const auto product = is_scaled<T>(l) ? l.zero_bytes ? multiply<T, true, true> : multiply<T, true, false>
+                                         : l.zero_bytes ? multiply<T, false, true> : multiply<T, false, false>;
     for (int64_t b0 = from; b0 < to; b0 += kBlocks) {
         const int blocks = static_cast<int>(to - b0 < kBlocks ? to - b0 : kBlocks);
         for (int64_t first = 0; first < a.m; first += kSums) {
@@ -118,12 +132,16 @@ template <class T> static void many_tokens(const Layout &l, const Acts &a, float
             __builtin_memset(work->sums, 0, sizeof(work->sums[0]) * static_cast<size_t>(blocks));
             for (int64_t t0 = 0; t0 < l.tiles; t0 += kRun) {
                 const int count = static_cast<int>(l.tiles - t0 < kRun ? l.tiles - t0 : kRun);
-                for (int b = 0; b < blocks; b++) {
-                    decode_run<T>(tables, members, l, count, work->at[b], work->run);
-                    for (int64_t m = 0; m < tokens; m += kStep) step(l, work->run, t0, count, a, first + m, work->sums[b] + m);
+                for (int b = 0; b < blocks; b += kTogether) {
+                    const int wide = blocks - b < kTogether ? blocks - b : kTogether;
+                    for (int i = 0; i < wide; i++) decode_run<T>(tables, members, l, count, work->at[b + i], work->run[i]);
+                    product(l, work->run, wide, t0, count, a, first, tokens, work->sums + b);
                 }
             }
             for (int64_t m = 0; m < tokens; m++) {  // a token's results lie side by side
+                const int64_t ahead = m + kAhead < tokens ? m + kAhead : m;  // … and those of the next in another page
+                const float *there = y + (first + ahead) * ldy + b0 * kRows;
+                for (int b = 0; b < blocks; b++) prefetch_far(reinterpret_cast<const uint8_t *>(there + b * kRows));
                 for (int b = 0; b < blocks; b++) {
                     finish(l, b0 + b, Vec::load_floats(work->sums[b][m]), row_factor(l, b0 + b), y + (first + m) * ldy, bias);
                 }

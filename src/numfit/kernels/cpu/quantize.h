@@ -52,8 +52,8 @@ static inline float quantize_group(const float *x, int n, int8_t *codes, int32_t
 
 static void quantize(const Layout &l, const float *x, int64_t ldx, const Acts &a, int64_t from, int64_t to) {
     alignas(64) float part[64];
-    for (int64_t m = from; m < to; m++) {
-        for (int64_t t = 0; t < l.tiles; t++) {
+    for (int64_t t = 0; t < l.tiles; t++) {  // tokens of a tile lie side by side
+        for (int64_t m = from; m < to; m++) {
             const int64_t place = (t * a.m + m) * l.tile;
             const float *source = part;
             if (!l.column && (t + 1) * l.tile <= l.k) source = x + m * ldx + t * l.tile;

@@ -252,11 +252,7 @@ static void trellis_many(const Layout &l, const Acts &a, float *y, int64_t ldy, 
                                 Vec::store(work->run[b].first[(s - start) / kStrips][(s - start) % kStrips], Vec::mask(0));
                             }
                         }
-                        for (int b = 0; b < kParts; b++) {
-                            for (int64_t m = 0; m < tokens; m += kStep) {
-                                multiply<Bytewise, false, false>(l, work->run[b], t0, count, a, first + m, work->sums[r * kParts + b] + m);
-                            }
-                        }
+                        multiply<Bytewise, false, false>(l, work->run, kParts, t0, count, a, first, tokens, work->sums + r * kParts);
                     }
                 }
                 for (int64_t m = 0; m < tokens; m++) {
