@@ -21,6 +21,7 @@ from numfit.errors import CheckpointError, NumfitError, OptionError
 from numfit.formats import format as named
 from numfit.formats import quantize_tensor
 from numfit.pipeline import layers, quantize
+from numfit.pipeline.planning import make_plan
 from numfit.pipeline.recipe import PRESETS, Parts, read_recipe
 from numfit.runtime.modules import decode_model
 
@@ -304,3 +305,73 @@ def test_layers_that_multiply_by_other_means_are_rounded_and_named(tmp_path: Pat
     save_tokenizer(tmp_path / "model")
     result = quantize(tmp_path / "model", "int4-g32", tmp_path / "out", calibration=TEXT, rules=["c_fc=int4-g32"], **QUICK)
     assert any("0 tokens were seen to reach it" in note for note in result["warnings"])
+
+
+# -- the plan of a calibrated run --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"), [("llama", "balanced"), ("mixtral", "quality"), ("gpt-neox", "extreme"), ("phi3", "fast")]
+)
+def test_plan_takes_the_options_of_a_run_and_says_what_each_part_takes(kind: str, recipe: str, tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model", kind)
+    options = {"calibration": TEXT, "recipe": recipe, "windows": 4, "context": 24, "embedding": "keep"}
+    result = numfit.plan(source, "int4-g32", **options)
+    found = result.estimate
+    assert found is not None and found.seconds > sum(found.parts.values()) > 0 and found.peak_bytes > found.state_bytes
+    assert found.parts["statistics"] > 0 and found.parts["solving"] > 0
+    assert (found.parts["learning"] > 0) == (recipe == "extreme")
+    streams = 2 if recipe == "extreme" else 1
+    assert found.state_bytes == 2 * streams * 4 * 4 * 24 * result.config["hidden_size"]
+    assert result.recipe["calibration"].startswith("text of sha256") and result.recipe["solver"] == PRESETS[recipe].solver
+    assert not (tmp_path / "model.partial").exists()
+
+
+def test_plan_counts_inputs_that_linears_share_once(tmp_path: Path) -> None:
+    from numfit.pipeline import costs
+
+    def inputs(kind: str) -> list[list[tuple[int, float, int]]]:
+        source = open_source(tmp_path / kind)
+        plan = make_plan(source, "int4-g32")
+        layers = costs._layers(Blocks(source, plan.config), plan, source, 2)
+        assert {t.name for layer in layers for t in layer.quantized} == {
+            t.name for t in plan.quantized if t.role in ("linear", "experts")
+        }
+        return [sorted(layer.inputs) for layer in layers]
+
+    recorded = {}
+    for kind in ("llama", "mixtral"):
+        stats = tmp_path / f"{kind}-stats"
+        source, out = model_at(tmp_path / kind, kind), tmp_path / "out" / kind
+        quantize(source, "int4-g32", out, calibration=TEXT, statistics=stats, **QUICK)
+        found = layers.load_statistics(stats / "00000.safetensors").values()
+        recorded[kind] = sorted(len(s.mean) for s in {id(s): s for s in found}.values())
+    for kind, channels in recorded.items():
+        first = inputs(kind)[0]
+        assert sorted(k for k, _, n in first for _ in range(n)) == channels
+    assert {share for _, share, _ in inputs("mixtral")[0]} == {1.0, 2 / 3}  # two of three experts see a token
+
+
+def test_plan_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model")
+    with pytest.raises(OptionError, match="pass one with --calibration"):
+        numfit.plan(source, "int4-g32", recipe="quality")
+    with pytest.raises(OptionError, match="'pot' is for powers of two"):
+        numfit.plan(source, "int4-g32", calibration=TEXT, solver="gptq+pot", estimate=False)
+    with pytest.raises(OptionError, match="not both"):
+        numfit.plan(source, "int4-g32", bits=4, calibration=TEXT)
+    chosen = numfit.plan(source, bits=9, calibration=TEXT, estimate=False)
+    assert chosen.warnings[0].startswith("chosen: ") and chosen.recipe["format"] == chosen.quantized[-1].format.name
+
+
+def test_plan_command_tells_a_calibrated_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(model_at(tmp_path / "model"))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    options = ["plan", source, "-f", "int4-g32", "--calibration", str(text), "--windows", "4", "--context", "24"]
+    assert main([*options, "--solver", "nearest"]) == 0
+    said = capsys.readouterr().out
+    assert "of which statistics " in said and "the rest" in said and "OUT.partial/layers" in said
+    assert main([*options, "--json"]) == 0
+    estimate = json.loads(capsys.readouterr().out)["estimate"]
+    assert set(estimate) == {"peak_bytes", "seconds", "parts", "state_bytes"} and estimate["parts"]["solving"] > 0

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from numfit.cli.options import add_recipe_arguments, recipe
 
 if TYPE_CHECKING:
     from numfit.pipeline import Plan
+    from numfit.pipeline.planning import Estimate
 
 NAME = "plan"
 HELP = "show what quantizing would do to every tensor, its size, memory and time; writes nothing"
@@ -19,50 +23,19 @@ examples:
   numfit plan my-model -f int4-g128 --rule 'down_proj=int8-g128' --rule '\\.0\\.self_attn=fp6-g128'
   numfit plan my-model -f nf4-g64 --skip 'layers\\.(0|29)\\.'       # keep the first and the last layer as they are
   numfit plan my-model -f fp4.25 --json | jq .totals
+  numfit plan my-model -f mant4-g64 --calibration text.txt --recipe quality   # the time of each part, and memory
 
 Rules and skips are regular expressions searched in tensor names; --skip wins over --rule, the first matching rule wins
 over the rest, and a pattern that matches nothing is an error. Norms, biases, routers and whatever is not clearly a
-matrix of weights is kept. Bits per weight count codes, scales, members and zero points. Sizes hold for calibrated runs
-too; memory and time are those of rounding without a text.
+matrix of weights is kept. Bits per weight count codes, scales, members and zero points. Sizes are exact; memory and time
+are estimates from small pieces of the same work on this machine, and can be wrong by a factor of two.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    parser.add_argument("--no-estimate", action="store_true", help="do not measure a slice for memory and time")
+    parser.add_argument("--no-estimate", action="store_true", help="do not measure small pieces for memory and time")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser, *, format_needed: bool = True) -> None:
-    """The arguments that plan and quantize share."""
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory, a GGUF file, or a hub name")
-    parser.add_argument(
-        "-f", "--format", required=format_needed, metavar="FORMAT",
-        help="of the linear weights; 'numfit formats' lists them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--embedding", metavar="FORMAT",
-        help="of embeddings and lm_head (default int8-g32); 'keep' leaves them as they are",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rule", action="append", metavar="REGEX=FORMAT", dest="rules",
-        help="another format (or 'keep') for the tensors whose name matches; repeatable, the first match wins",
-    )  # fmt: skip
-    parser.add_argument(
-        "--skip", action="append", metavar="REGEX", help="keep the tensors whose name matches; repeatable"
-    )
-    parser.add_argument(
-        "--scale-rule", metavar="RULE",
-        help="mse: search the scale of least error (default); absmax: no search; floor, ceil: OCP's, for mx formats",
-    )  # fmt: skip
-    parser.add_argument("--shard-size", metavar="SIZE", help="largest output file (default 5GB)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-
-
-def recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_recipe_arguments` that were given, as those of `numfit.plan` and `numfit.quantize`."""
-    names = ("embedding", "rules", "skip", "scale_rule", "shard_size", "threads")
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,10 +49,7 @@ def run(args: argparse.Namespace) -> int:
     print()
     print(summary(result.totals()))
     if result.estimate:
-        print(
-            f"\nexpected on this machine (an estimate from a small slice): peak memory about "
-            f"{result.estimate.peak_bytes / 1e6:.0f} MB, about {duration(result.estimate.seconds)}"
-        )
+        print(f"\n{expected(result.estimate)}")
     for warning in result.warnings:
         print(f"note: {warning}", file=sys.stderr)
     return 0
@@ -95,7 +65,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         }
         for t in plan.tensors
     ]  # fmt: skip
-    estimate = {"peak_bytes": plan.estimate.peak_bytes, "seconds": plan.estimate.seconds} if plan.estimate else None
+    estimate = asdict(plan.estimate) if plan.estimate else None
     return {
         "recipe": plan.recipe, "tensors": tensors, "totals": plan.totals(), "file_bytes": plan.file_bytes,
         "files": [shard.file for shard in plan.shards], "estimate": estimate, "warnings": list(plan.warnings),
@@ -142,6 +112,23 @@ def summary(totals: dict[str, Any]) -> str:
     before = totals["source_bytes"]
     ratio = f"the source has {before / 1e6:.2f} MB, {before / max(1, totals['bytes']):.2f} times as much"
     return f"{text_table(rows, columns)}\n{ratio}"
+
+
+def expected(estimate: Estimate) -> str:
+    """An estimate in words."""
+    lines = [
+        f"expected on this machine (an estimate from small pieces of the work): peak memory about "
+        f"{estimate.peak_bytes / 1e6:.0f} MB, about {duration(estimate.seconds)}"
+    ]
+    if estimate.parts:
+        parts = {part: seconds for part, seconds in estimate.parts.items() if seconds}
+        parts["the rest"] = estimate.seconds - sum(parts.values())
+        lines.append("of which " + ", ".join(f"{part} {duration(seconds)}" for part, seconds in parts.items()))
+        lines.append(
+            f"hidden states: {estimate.state_bytes / 1e6:.0f} MB in files beside the output (OUT.partial/layers); their pages "
+            "are counted in the peak, and leave memory where others need it"
+        )
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 One tensor per format is read and a few rows of it are quantized and decoded some times over: the fastest gives the rate,
 the rest is what happens only once (compilation). An estimate, no promise: a loaded machine, a slow disk or layers that
-prune worse than the slice make it longer.
+prune worse than the slice make it longer. What a text adds is in costs.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from collections.abc import Iterable
 from numfit.checkpoint.source import Source
 from numfit.errors import FormatError
 from numfit.formats import Format, quantize_tensor
+from numfit.pipeline.costs import calibrated
 from numfit.pipeline.memory import resident_bytes
 from numfit.pipeline.planning import Estimate, Plan, PlannedTensor, rule_for
+from numfit.pipeline.results import Calibration
 
 SLICE = 1 << 19  # weights
 REPEAT = 4  # compilation can take part in the first two runs
@@ -27,17 +29,23 @@ CHUNKS_BYTES = 100 << 20
 PER_WEIGHT = 8
 
 
-def measure(source: Source, plan: Plan) -> Estimate:
+def measure(source: Source, plan: Plan, task: Calibration | None = None) -> Estimate:
     """Expected seconds and peak host memory of `quantize` for a plan. Reads one tensor per format."""
-    seconds = 0.0
-    for fmt in dict.fromkeys(tensor.format for tensor in plan.quantized if tensor.format):
-        mine = [tensor for tensor in plan.quantized if tensor.format == fmt]
+    costs = calibrated(source, plan, task) if task else None
+    rounded = [tensor for tensor in plan.quantized if costs is None or tensor.name not in costs.names]
+    seconds = costs.prepared + sum(costs.seconds.values()) if costs else 0.0
+    for fmt in dict.fromkeys(tensor.format for tensor in rounded if tensor.format):
+        mine = [tensor for tensor in rounded if tensor.format == fmt]
         once, per_weight = _rate(source, fmt, mine, rule_for(fmt, plan.recipe["scale_rule"]))
         seconds += once + per_weight * sum(tensor.weights for tensor in mine)
     totals = plan.totals()
     # The source is hashed and the output is hashed when written, when read back and as a whole file.
-    seconds += (totals["source_bytes"] + 3 * totals["bytes"]) * _hash_seconds_per_byte()
-    return Estimate(resident_bytes() + max(map(_working_set, plan.tensors)), seconds)
+    hashed = totals["source_bytes"] + 3 * totals["bytes"] + (costs.sealed_bytes if costs else 0)
+    seconds += hashed * _hash_seconds_per_byte()
+    most = max(*map(_working_set, plan.tensors), costs.peak_bytes if costs else 0)
+    if costs is None:
+        return Estimate(resident_bytes() + most, seconds)
+    return Estimate(resident_bytes() + most, seconds, costs.seconds, costs.state_bytes)
 
 
 def _rate(source: Source, fmt: Format, tensors: Iterable[PlannedTensor], rule: str) -> tuple[float, float]:

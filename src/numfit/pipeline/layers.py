@@ -27,7 +27,7 @@ from numfit.checkpoint.source import Source
 from numfit.corrections import bias_shift
 from numfit.errors import CheckpointError, OptionError
 from numfit.pipeline.learn import Run, learn, learn_in_turn
-from numfit.pipeline.linear import FEW, Solved, finish, round_only, solve_linear, solver_options
+from numfit.pipeline.linear import FEW, Solved, finish, round_only, solve_linear
 from numfit.pipeline.partial import LAYERS
 from numfit.pipeline.planning import Plan, PlannedTensor
 from numfit.pipeline.progress import Progress
@@ -43,8 +43,6 @@ class Walk:
     def __init__(self, source: Source, plan: Plan, task: Calibration, partial: Path, shown: bool) -> None:
         parts = task.parts
         self.source, self.plan, self.parts, self.shown = source, plan, parts, shown
-        for fmt in {tensor.format for tensor in plan.quantized if tensor.format and tensor.role in ("linear", "experts")}:
-            solver_options(fmt, parts)  # what cannot be shall be said before anything is read
         self.directory = partial / LAYERS
         self.directory.mkdir(exist_ok=True)
         self.results = Results(self.directory)

@@ -1,7 +1,7 @@
 """The plan: which tensor gets which format, what that costs in bytes, and how the output files are laid out.
 
 Everything in it follows from the headers of the source and the options, so it takes a moment even for a model of
-hundreds of gigabytes, and the walk (walk.py) only carries it out. `plan` adds an estimate of memory and time.
+hundreds of gigabytes, and the walk (walk.py) only carries it out. `plan` (prepare.py) adds an estimate of memory and time.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from numfit.checkpoint.packed import plane_name
 from numfit.checkpoint.safetensors_file import DTYPE_NAMES, Group, Shard, Slot, layout_shards, make_group
-from numfit.checkpoint.source import DirectorySource, Source, natural_key, open_source
+from numfit.checkpoint.source import DirectorySource, Source, natural_key
 from numfit.errors import FormatError, OptionError
 from numfit.formats import Format
 from numfit.formats.fit import SCALE_RULES
@@ -31,7 +30,6 @@ from numfit.pipeline.options import (
     parse_skip,
 )
 from numfit.pipeline.roles import Role, role, rule_can_apply
-from numfit.threads import cpu_threads
 
 SHARD_SIZE = "5GB"
 
@@ -70,10 +68,20 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expectations from a small slice of this model on this machine: `seconds`, and `peak_bytes` of host memory."""
+    """Expectations from small pieces of work on this machine.
+
+    Attributes:
+        peak_bytes: of host memory, pages of mapped files among it.
+        seconds: of the whole.
+        parts: of a calibrated run, seconds by part as `quantize` tells them ("spent"); the rest is reading, rounding what is
+            in no decoder layer, writing and checking.
+        state_bytes: of a calibrated run, hidden states in files beside the output; their pages can leave memory.
+    """
 
     peak_bytes: int
     seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,45 +139,6 @@ def _bits(tensors: Sequence[PlannedTensor]) -> float | None:
     return round(8 * sum(tensor.bytes_after for tensor in tensors) / weights, 6) if weights else None
 
 
-def plan(
-    model: str | Path,
-    format: str | Format,
-    *,
-    embedding: str | Format = "int8-g32",
-    rules: Sequence[str | tuple[str, str]] = (),
-    skip: Sequence[str] = (),
-    scale_rule: str = "mse",
-    shard_size: str | int = SHARD_SIZE,
-    threads: int | None = None,
-    estimate: bool = True,
-) -> Plan:
-    """What `quantize` with the same arguments would do, with an estimate of its memory and time. Writes nothing.
-
-    Args:
-        model: a Hugging Face directory, a GGUF file or a hub name.
-        format: of linear weights and experts.
-        embedding: of embeddings and lm_head; "keep" leaves them.
-        rules: "regex=format" (or pairs), searched in tensor names, the first match wins; "keep" is a format here.
-        skip: regular expressions of tensors to keep; they win over rules.
-        scale_rule: "mse" or "absmax"; formats with e8m0 scales also "floor" or "ceil" (others beside them use "mse").
-        shard_size: largest output file, as "5GB", "500MB" or a number of bytes.
-        threads: CPU threads; None leaves torch's setting.
-        estimate: measure a slice for memory and time, which takes a few seconds.
-
-    Raises:
-        CheckpointError: the source is damaged. FormatError: an unknown format.
-        OptionError: a pattern that matches nothing, a format that cannot hold a tensor, an already quantized source.
-    """
-    from numfit.pipeline.estimate import measure
-
-    with cpu_threads(threads):
-        source = open_source(model)
-        result = make_plan(
-            source, format, embedding=embedding, rules=rules, skip=skip, scale_rule=scale_rule, shard_size=shard_size
-        )
-        return replace(result, estimate=measure(source, result)) if estimate else result
-
-
 def rule_for(fmt: Format, scale_rule: str) -> str:
     """The scale rule of one format: "floor" and "ceil" are OCP's, for e8m0 scales; others beside them use "mse"."""
     return "mse" if scale_rule in ("floor", "ceil") and fmt.scale.store != "e8m0" else scale_rule
@@ -185,7 +154,7 @@ def make_plan(
     scale_rule: str = "mse",
     shard_size: str | int = SHARD_SIZE,
 ) -> Plan:
-    """`plan` for an opened source, without the estimate. The arguments and errors are those of `plan`."""
+    """`plan` for an opened source, without calibration and estimate. The arguments and errors are those of `plan`."""
     if format == KEEP:
         raise OptionError("the format of the linears cannot be 'keep'; to quantize a few tensors only, use --skip")
     main, table = as_format(format), format_or_keep(embedding)

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,20 +33,18 @@ from numfit.checkpoint.safetensors_file import (
     read_tensor,
     tensor_bytes,
 )
-from numfit.checkpoint.source import DirectorySource, Source, open_source
+from numfit.checkpoint.source import DirectorySource, Source
 from numfit.errors import CheckpointError, FormatError
 from numfit.formats import Format, QuantizedTensor, quantize_tensor
 from numfit.pipeline import partial as unfinished
-from numfit.pipeline.choice import plan_for
 from numfit.pipeline.finish import already_there, finish
 from numfit.pipeline.layers import solve_layers
 from numfit.pipeline.memory import peak_bytes
-from numfit.pipeline.options import as_format
 from numfit.pipeline.partial import Journal, Record
 from numfit.pipeline.planning import Plan, PlannedTensor, rule_for
+from numfit.pipeline.prepare import prepare
 from numfit.pipeline.progress import Progress
-from numfit.pipeline.recipe import choose
-from numfit.pipeline.results import Calibration, Results, read_calibration
+from numfit.pipeline.results import Calibration, Results
 from numfit.threads import cpu_threads
 from numfit.version import VERSION
 
@@ -96,20 +93,9 @@ def quantize(
         CheckpointError: the source is damaged or holds NaN or Inf, or the output cannot be written.
         FormatError: an unknown format. OptionError: options that do not fit, or differ from those of unfinished work.
     """
-    options, chosen = choose(recipe, parts, calibration is not None)
     given = {"embedding": embedding, "rules": rules, "skip": skip, "scale_rule": scale_rule, "shard_size": shard_size}
-    options |= {key: value for key, value in given.items() if value is not None}
-    format = format or options.pop("format", None)
-    options.pop("format", None)
     with cpu_threads(threads):
-        source = open_source(model)
-        plan = plan_for(source, format, bits, str(recipe) if recipe else None, calibration is not None, **options)
-        task = None
-        if chosen is not None:
-            assert calibration is not None
-            parts_in_full = chosen.settled(as_format(plan.recipe["format"]))
-            task = Calibration(parts_in_full, read_calibration(calibration), Path(statistics) if statistics else None)
-            plan = replace(plan, recipe={**plan.recipe, **task.recipe})
+        source, plan, task = prepare(model, format, bits, given, calibration, recipe, statistics, parts)
         return _carry_out(source, plan, out, progress, task)
 
 

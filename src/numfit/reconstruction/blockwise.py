@@ -135,7 +135,7 @@ def reconstruct(
     o = options
     learn, judge = _split(len(inputs), o.holdout)
     clock = {"forward": 0.0, "backward": 0.0, "update": 0.0, "checks": 0.0}
-    low = _fast_bf16(inputs.device) if o.bf16 is None else o.bf16
+    low = fast_bf16(inputs.device) if o.bf16 is None else o.bf16
     linears = {name: _start(name, state, o) for name, state in states.items()}
     others = {name: value.detach().float().clone().requires_grad_() for name, value in (extra or {}).items()}
     mover = _adam(others, o)
@@ -297,7 +297,7 @@ def _split(windows: int, holdout: int | None) -> tuple[list[int], list[int]]:
     return [i for i in range(windows) if i not in set(judge)], judge
 
 
-def _fast_bf16(device: torch.device) -> bool:
+def fast_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products are faster than fp32 ones here, in both directions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
