@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from numfit.errors import CheckpointError, OptionError
+from numfit.orthogonal import splitmix64
 from numfit.structure import decoder_map, value_rows
 from numfit.transforms import awq, fold, heads, osplus, permute, residual, smooth
 from numfit.transforms.links import choose, obstacles, places, statistic
 from numfit.transforms.moves import Move, execute, moved_hessian
-from numfit.transforms.orthogonal import Rotation, cosines
+from numfit.transforms.orthogonal import Rotation
 
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -499,9 +500,13 @@ def test_rotation_is_orthogonal_and_as_defined(n, fixing_mean):
     sylvester = torch.ones(1, 1).double()
     while len(sylvester) < power:
         sylvester = torch.kron(torch.tensor([[1.0, 1], [1, -1]]).double(), sylvester)
-    m = torch.kron(cosines(n // power), sylvester / power**0.5)
-    signs = rotation.signs()
-    torch.testing.assert_close(matrix, m.T @ (signs[:, None] * m) if fixing_mean else m * signs, atol=1e-12, rtol=0)
+    k = torch.arange(n // power).double()
+    dct = torch.cos(torch.pi * power / n * torch.outer(k, k + 0.5)) * (2 * power / n) ** 0.5
+    dct[0] /= 2**0.5
+    m = torch.kron(dct, sylvester / power**0.5)
+    s = torch.tensor([-1.0 if splitmix64(7, i) >> 63 else 1.0 for i in range(n)]).double()
+    s[0] = 1 if fixing_mean else s[0]
+    torch.testing.assert_close(matrix, m.T @ (s[:, None] * m) if fixing_mean else m * s, atol=1e-12, rtol=0)
     if fixing_mean:
         torch.testing.assert_close(matrix @ torch.ones(n).double(), torch.ones(n).double())
     elif n > 8:

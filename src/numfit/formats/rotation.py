@@ -29,12 +29,12 @@ from torch import Tensor
 
 from numfit.errors import FormatError, NumfitError
 from numfit.native import ERROR_BYTES, declare, library
+from numfit.orthogonal import butterflies, cosines, odd_and_power, signs
 
 declare("nf_rotate", c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int, c_void_p, c_char_p)
 
 KINDS = ("hadamard",)
 MAX_ODD = 512  # the odd factor of K costs so many multiplications an element
-_MASK = (1 << 64) - 1
 _CHUNK = 1 << 18  # elements at a time: the passes stay in cache
 
 
@@ -60,8 +60,7 @@ def factors(columns: int) -> tuple[int, int]:
     """
     if columns < 1:
         raise FormatError("a row without weights cannot be rotated")
-    n = columns & -columns
-    m = columns // n
+    m, n = odd_and_power(columns)
     if m > MAX_ODD:
         raise FormatError(
             f"rows of {columns} = {m}·{n} weights cannot be rotated: the odd factor may be at most {MAX_ODD}; "
@@ -70,68 +69,24 @@ def factors(columns: int) -> tuple[int, int]:
     return m, n
 
 
-def splitmix64(seed: int, index: int) -> int:
-    """Number `index` of the splitmix64 sequence that starts at `seed` (Steele, Lea, Flood 2014)."""
-    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
-
-@lru_cache(maxsize=64)
-def _signs(columns: int, seed: int) -> Tensor:
-    return torch.tensor([-1.0 if splitmix64(seed, i) >> 63 else 1.0 for i in range(columns)])
-
-
-def signs(columns: int, seed: int = 0) -> Tensor:
-    """fp32 ±1 [columns]: −1 where the top bit of splitmix64(seed, i) is set."""
-    return _signs(columns, seed).clone()
-
-
 def constants(columns: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
     """What the compiled functions take: signs fp32 [K] and D fp32 [m, m], shared with others, not to be written to.
 
     Raises:
         FormatError: K cannot be rotated.
     """
-    return _signs(columns, rotation.seed), _mixing(columns)
+    return signs(columns, rotation.seed), _mixing(columns)
 
 
 @lru_cache(maxsize=64)
 def _mixing(columns: int) -> Tensor:
     """D, fp32 [m, m]: the orthonormal DCT-II over √n, each entry rounded once from fp64."""
     m, n = factors(columns)
-    rows = [
-        [math.sqrt((1 if c == 0 else 2) / m) * _cosine((2 * a + 1) * c, 4 * m) / math.sqrt(n) for a in range(m)]
-        for c in range(m)
-    ]
-    return torch.tensor(rows, dtype=torch.float64).float()
-
-
-def _cosine(k: int, turns: int) -> float:
-    """cos(2π·k / turns) for `turns` divisible by 4, from the first eighth or quarter, so that symmetric entries are equal."""
-    k %= turns
-    if 2 * k > turns:
-        k = turns - k
-    if 4 * k > turns:
-        return -math.cos(2 * math.pi * (turns // 2 - k) / turns)
-    return 0.0 if 4 * k == turns else math.cos(2 * math.pi * k / turns)
+    return (cosines(m) / math.sqrt(n)).float()
 
 
 def _on(t: Tensor, like: Tensor) -> Tensor:
     return t.to(device=like.device, dtype=like.dtype)
-
-
-def _butterflies(x: Tensor) -> Tensor:
-    """x [..., n] → x·H_n, h ascending."""
-    *lead, n = x.shape
-    h = 1
-    while h < n:
-        pairs = x.view(*lead, n // (2 * h), 2, h)
-        u, v = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack((u + v, u - v), -2).view(*lead, n)
-        h *= 2
-    return x
 
 
 def _mix(x: Tensor, d: Tensor) -> Tensor:
@@ -145,11 +100,11 @@ def _mix(x: Tensor, d: Tensor) -> Tensor:
 def turn_reference(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
     """The steps in PyTorch: x [r, K] fp32 or fp64, `back` for the inverse."""
     m, n = factors(x.shape[1])
-    s, d = _on(_signs(x.shape[1], rotation.seed), x), _on(_mixing(x.shape[1]), x)
+    s, d = _on(signs(x.shape[1], rotation.seed), x), _on(_mixing(x.shape[1]), x)
     if back:
         y = _mix(x.reshape(-1, m, n), d.T)
-        return _butterflies(y).view(x.shape) * s
-    y = _butterflies((x * s).view(-1, m, n))
+        return butterflies(y).view(x.shape) * s
+    y = butterflies((x * s).view(-1, m, n))
     return _mix(y, d).reshape(x.shape)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from numfit.errors import OptionError
+from numfit.orthogonal import butterflies
 from numfit.threads import cpu_threads
 
 KINDS = ("haar", "hadamard")
@@ -34,10 +35,7 @@ def basis(kind: str, n: int, seed: int, device: torch.device) -> Tensor:
     if kind == "hadamard":
         if n & (n - 1):
             raise OptionError(f"a Hadamard rotation needs heads of a power of two, not {n} dimensions; use haar")
-        h = torch.ones((1, 1), dtype=torch.float64)
-        while len(h) < n:
-            h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-        h = h / math.sqrt(n)
+        h = butterflies(torch.eye(n, dtype=torch.float64)) / math.sqrt(n)
         first, second = ((torch.randint(0, 2, (n,), generator=generator) * 2 - 1).double() for _ in range(2))
         return (h * second @ (h * first)).to(device)  # H D₂ H D₁
     raise OptionError(f"unknown rotation '{kind}'; choose from: {', '.join(KINDS)}")
