@@ -20,7 +20,7 @@ from numfit.cli.main import main
 from numfit.errors import CheckpointError, NumfitError, OptionError
 from numfit.formats import format as named
 from numfit.formats import quantize_tensor
-from numfit.pipeline import layers, quantize
+from numfit.pipeline import costs, layers, quantize
 from numfit.pipeline.planning import make_plan
 from numfit.pipeline.recipe import PRESETS, Parts, read_recipe
 from numfit.runtime.modules import decode_model
@@ -312,6 +312,13 @@ def test_layers_that_multiply_by_other_means_are_rounded_and_named(tmp_path: Pat
 # -- the plan of a calibrated run --------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def three_runs_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates as rough as they may be, in little time."""
+    monkeypatch.setattr(costs, "MOMENT", 0.0)
+
+
+@pytest.mark.usefixtures("three_runs_a_piece")
 @pytest.mark.parametrize(
     ("kind", "recipe"), [("llama", "balanced"), ("mixtral", "quality"), ("gpt-neox", "extreme"), ("phi3", "fast")]
 )
@@ -330,8 +337,6 @@ def test_plan_takes_the_options_of_a_run_and_says_what_each_part_takes(kind: str
 
 
 def test_plan_counts_inputs_that_linears_share_once(tmp_path: Path) -> None:
-    from numfit.pipeline import costs
-
     def inputs(kind: str) -> list[list[tuple[int, float, int]]]:
         source = open_source(tmp_path / kind)
         plan = make_plan(source, "int4-g32")
@@ -360,10 +365,13 @@ def test_plan_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
         numfit.plan(source, "int4-g32", recipe="quality")
     with pytest.raises(OptionError, match="'pot' is for powers of two"):
         numfit.plan(source, "int4-g32", calibration=TEXT, solver="gptq+pot", estimate=False)
-    with pytest.raises(OptionError, match="cannot be met"):
-        numfit.plan(source, calibration=TEXT, bits=1)
+    with pytest.raises(OptionError, match="not both"):
+        numfit.plan(source, "int4-g32", bits=4, calibration=TEXT)
+    chosen = numfit.plan(source, bits=9, calibration=TEXT, estimate=False)
+    assert chosen.warnings[0].startswith("chosen: ") and chosen.recipe["format"] == chosen.quantized[-1].format.name
 
 
+@pytest.mark.usefixtures("three_runs_a_piece")
 def test_plan_command_tells_a_calibrated_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(model_at(tmp_path / "model"))
     text = tmp_path / "text.txt"

@@ -36,7 +36,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--shard-size", metavar="SIZE", help="largest output file (default 5GB)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    group = parser.add_argument_group("calibration", "what a text does to the model, and what is made of it")
+    group = parser.add_argument_group("calibration", "what a text does to the model, and what is made of it; all on the CPU")
     group.add_argument(
         "--calibration", metavar="TEXT", help="a UTF-8 text file, or hub:DATASET[:CONFIG[:SPLIT]] (needs the extra 'data')"
     )

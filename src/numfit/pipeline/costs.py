@@ -174,7 +174,7 @@ def _shared(decoder: Decoder) -> dict[str, tuple[str, int | None]]:
 
 def _passes(parts: Parts) -> tuple[int, int]:
     """How often all windows run through a layer while statistics are gathered, and how often its second moments are summed."""
-    cross = parts.retarget > 0
+    cross = parts.needs_cross
     both = cross or parts.propagate == "quantized"  # the model quantized so far is watched, the original moves on beside it
     passes, sums = 1 + both, 1 + cross
     if parts.transform != "none":  # gathered again behind the rewrite; without moving on
@@ -257,7 +257,7 @@ def _solve_rates(weight: Tensor, fmt: Format, parts: Parts) -> tuple[tuple[float
     def solved(columns: int) -> Solved:
         h = 2 / len(x) * x[:, :columns].T @ x[:, :columns]
         zero = torch.zeros(columns)
-        known = Statistics(len(x), h, zero, zero, zero, zero, torch.zeros_like(h) if parts.retarget else None)
+        known = Statistics(len(x), h, zero, zero, zero, zero, torch.zeros_like(h) if parts.needs_cross else None)
         return solve_linear("a piece", flat[:, :columns], [known], fmt, plain)
 
     def factor(columns: int) -> float:
@@ -293,7 +293,7 @@ def _peak(plan: Plan, layers: list[Layer], parts: Parts, context: int, state: in
     for layer in layers:
         largest = max((tensor.weights for tensor in layer.quantized), default=0)
         widest = max((k for k, _, _ in layer.inputs), default=0)
-        moments = sum(4 * k * k * n for k, _, n in layer.inputs) * (2 if parts.retarget else 1)
+        moments = sum(4 * k * k * n for k, _, n in layer.inputs) * (2 if parts.needs_cross else 1)
         activations = 4 * context * sum(sum(tensor.shape[-2:]) for tensor, _ in layer.weights if len(tensor.shape) == 2)
         rotated = any(tensor.format and tensor.format.side.rotation is not None for tensor in layer.quantized)
         solved = (1 + 4 * rotated) * layer.size  # codes, and the weights in their coordinates

@@ -32,9 +32,8 @@ def prepare(
     """The opened source, the plan, and the calibrated part of the run where there is a text.
 
     Args:
-        bits: chooses a format where there is none.
         given: options of `make_plan`; what is None is the recipe's, or else the default.
-        calibration, recipe, statistics, parts: as for `quantize`.
+        bits, calibration, recipe, statistics, parts: as for `quantize`.
 
     Raises:
         NumfitError: whatever of it cannot be; nothing has been written then.
@@ -77,7 +76,7 @@ def plan(
     Args:
         model: a Hugging Face directory, a GGUF file or a hub name.
         format: of linear weights and experts; None takes a recipe file's, or else the best that fits (choice.py).
-        bits: the linears may take, per weight, where the format is to be chosen (4.4).
+        bits: the linears may take, per weight, where the format is to be chosen (default 4.4).
         embedding: of embeddings and lm_head (int8-g32); "keep" leaves them.
         rules: "regex=format" (or pairs), searched in tensor names, the first match wins; "keep" is a format here.
         skip: regular expressions of tensors to keep; they win over rules.

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <new>
 #include <vector>
 
@@ -13,27 +12,7 @@
 namespace nf {
 namespace {
 
-const Attenders &attenders() {
-    const char *name = kernels().name;
-#define NF_TRY(isa) if (!std::strcmp(name, #isa)) return *isa##_attenders();
-#ifdef NF_HAVE_AVX2
-    NF_TRY(avx2)
-#endif
-#ifdef NF_HAVE_AVXVNNI
-    NF_TRY(avxvnni)
-#endif
-#ifdef NF_HAVE_AVX512
-    NF_TRY(avx512)
-#endif
-#ifdef NF_HAVE_AMX
-    NF_TRY(amx)
-#endif
-#ifdef NF_HAVE_NEON
-    NF_TRY(neon)
-#endif
-#undef NF_TRY
-    return *portable_attenders();
-}
+const Attenders &attenders() { return NF_CHOSEN_TABLE(attenders); }
 
 bool power_of_two(int64_t n) { return n > 0 && !(n & (n - 1)); }
 

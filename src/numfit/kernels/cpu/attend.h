@@ -7,6 +7,7 @@
 // have 32, 64, 128, 256, … values. numfit/kvcache/attention.py is the reference; results differ from it by rounding in fp32,
 // and not at all between instruction sets or numbers of threads.
 #pragma once
+#include "dispatch.h"
 #include "numfit.h"
 
 typedef struct {
@@ -52,11 +53,6 @@ struct Attenders {
     const char *name;
     void (*attend)(const Piece &);
 };
-const Attenders *portable_attenders();
-const Attenders *avx2_attenders();
-const Attenders *avxvnni_attenders();
-const Attenders *avx512_attenders();
-const Attenders *amx_attenders();
-const Attenders *neon_attenders();
+NF_DECLARE_TABLES(Attenders, attenders)
 
 }  // namespace nf

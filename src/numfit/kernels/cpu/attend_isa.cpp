@@ -334,13 +334,6 @@ static void attend(const Piece &p) {
 
 }  // namespace NF_ISA
 
-#define NF_NAME_(isa) isa##_attenders
-#define NF_NAME(isa) NF_NAME_(isa)
-#define NF_STRING_(isa) #isa
-#define NF_STRING(isa) NF_STRING_(isa)
-const Attenders *NF_NAME(NF_ISA)() {
-    static const Attenders table = {NF_STRING(NF_ISA), NF_ISA::attend};
-    return &table;
-}
+NF_DEFINE_TABLE(Attenders, attenders, NF_ISA::attend)
 
 }  // namespace nf

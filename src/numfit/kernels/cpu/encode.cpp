@@ -18,30 +18,7 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 15;  // weights that a thread claims at a time
 
-const Encoders &encoders() {
-    static const std::vector<const Encoders *> all = {
-        portable_encoders(),
-#ifdef NF_HAVE_AVX2
-        avx2_encoders(),
-#endif
-#ifdef NF_HAVE_AVXVNNI
-        avxvnni_encoders(),
-#endif
-#ifdef NF_HAVE_AVX512
-        avx512_encoders(),
-#endif
-#ifdef NF_HAVE_AMX
-        amx_encoders(),
-#endif
-#ifdef NF_HAVE_NEON
-        neon_encoders(),
-#endif
-    };
-    for (const Encoders *e : all) {
-        if (std::strcmp(e->name, kernels().name) == 0) return *e;
-    }
-    return *all[0];
-}
+const Encoders &encoders() { return NF_CHOSEN_TABLE(encoders); }
 
 int32_t pattern(float f) {
     int32_t i;

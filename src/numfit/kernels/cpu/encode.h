@@ -4,6 +4,7 @@
 // only in the order in which a block's squares are summed. Here that order is the order of the columns, in runs of 32 whose sums
 // are added in turn: results depend neither on threads nor on the instruction set.
 #pragma once
+#include "dispatch.h"
 #include "numfit.h"
 
 // How a wanted scale becomes a stored one (numfit/formats/scale.py).
@@ -103,11 +104,6 @@ struct Encoders {
     void (*encode)(const Ranker &, const float *w, int64_t n, float scale, const float *zero, uint8_t *out);
 };
 
-const Encoders *portable_encoders();
-const Encoders *avx2_encoders();
-const Encoders *avxvnni_encoders();
-const Encoders *avx512_encoders();
-const Encoders *amx_encoders();
-const Encoders *neon_encoders();
+NF_DECLARE_TABLES(Encoders, encoders)
 
 }  // namespace nf

@@ -428,13 +428,6 @@ static void encode(const Ranker &r, const float *w, int64_t n, float scale, cons
 
 }  // namespace NF_ISA
 
-#define NF_NAME_(isa) isa##_encoders
-#define NF_NAME(isa) NF_NAME_(isa)
-#define NF_STRING_(isa) #isa
-#define NF_STRING(isa) NF_STRING_(isa)
-const Encoders *NF_NAME(NF_ISA)() {
-    static const Encoders table = {NF_STRING(NF_ISA), NF_ISA::W, NF_ISA::fit, NF_ISA::row_errors, NF_ISA::encode};
-    return &table;
-}
+NF_DEFINE_TABLE(Encoders, encoders, NF_ISA::W, NF_ISA::fit, NF_ISA::row_errors, NF_ISA::encode)
 
 }  // namespace nf

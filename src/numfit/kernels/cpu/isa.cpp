@@ -5,15 +5,7 @@
 // int8 results are the same bits on every instruction set, for every number of threads and of tokens: sums of a group are
 // integers; groups are added in order by one fused multiply-add each, acc = fma(P, weight scale · activation scale, acc).
 #include "kernels.h"
-#if defined(__AVX512VBMI__)
-#include "vec_avx512.h"
-#elif defined(__AVX2__)
-#include "vec_avx2.h"
-#elif defined(__ARM_FEATURE_DOTPROD)
-#include "vec_neon.h"
-#else
-#include "vec_portable.h"
-#endif
+#include "vec.h"
 #include "tile.h"
 #include "quantize.h"
 #include "gemv.h"
@@ -100,14 +92,6 @@ static int64_t read(const uint8_t *p, int64_t bytes) {
 
 }  // namespace NF_ISA
 
-#define NF_NAME_(isa) isa##_kernels
-#define NF_NAME(isa) NF_NAME_(isa)
-#define NF_STRING_(isa) #isa
-#define NF_STRING(isa) NF_STRING_(isa)
-const Kernels *NF_NAME(NF_ISA)() {
-    static const Kernels table = {NF_STRING(NF_ISA), NF_ISA::quantize, NF_ISA::apply_int8, NF_ISA::apply_exact,
-                                  NF_ISA::read, NF_ISA::ops()};
-    return &table;
-}
+NF_DEFINE_TABLE(Kernels, kernels, NF_ISA::quantize, NF_ISA::apply_int8, NF_ISA::apply_exact, NF_ISA::read, NF_ISA::ops())
 
 }  // namespace nf

@@ -1,5 +1,6 @@
 // What every instruction set provides, and how work is handed to it. One table of functions per translation unit.
 #pragma once
+#include "dispatch.h"
 #include "layout.h"
 
 namespace nf {
@@ -53,12 +54,7 @@ struct Kernels {
 };
 
 const Kernels &kernels();          // of the instruction set in use
-const Kernels *portable_kernels();
-const Kernels *avx2_kernels();     // null where this build does not have them
-const Kernels *avxvnni_kernels();
-const Kernels *avx512_kernels();
-const Kernels *amx_kernels();
-const Kernels *neon_kernels();
+NF_DECLARE_TABLES(Kernels, kernels)
 
 // pool.cpp. Calls body(i) for i in [0, count), each once, on up to `nf_threads()` threads, the caller among them. Chunks are
 // claimed one by one from a shared counter; the caller waits only for chunks that somebody has claimed, so a worker that the

@@ -14,30 +14,7 @@ namespace {
 
 constexpr int64_t kAlone = 1 << 15;  // numbers below which threads cost more than they save
 
-const Rotators &rotators() {
-    static const std::vector<const Rotators *> all = {
-        portable_rotators(),
-#ifdef NF_HAVE_AVX2
-        avx2_rotators(),
-#endif
-#ifdef NF_HAVE_AVXVNNI
-        avxvnni_rotators(),
-#endif
-#ifdef NF_HAVE_AVX512
-        avx512_rotators(),
-#endif
-#ifdef NF_HAVE_AMX
-        amx_rotators(),
-#endif
-#ifdef NF_HAVE_NEON
-        neon_rotators(),
-#endif
-    };
-    for (const Rotators *r : all) {
-        if (std::strcmp(r->name, kernels().name) == 0) return *r;
-    }
-    return *all[0];
-}
+const Rotators &rotators() { return NF_CHOSEN_TABLE(rotators); }
 
 int fail(char *error, const char *why) {
     std::snprintf(error, NF_ERROR, "%s", why);

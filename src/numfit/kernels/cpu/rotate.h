@@ -3,6 +3,7 @@
 // Rotations are the bits of numfit/formats/rotation.py, whose arithmetic is a fixed order of single fp32 operations. The sums of
 // the other two have an order of their own here, the same for every instruction set and number of threads.
 #pragma once
+#include "dispatch.h"
 #include "numfit.h"
 
 // Rows of x [rows][cols] turned: out [rows][cols]. cols = m · n with n the largest power of two in it.
@@ -48,11 +49,6 @@ struct Rotators {
 
 constexpr int kSide = 16;  // tokens side by side
 
-const Rotators *portable_rotators();
-const Rotators *avx2_rotators();
-const Rotators *avxvnni_rotators();
-const Rotators *avx512_rotators();
-const Rotators *amx_rotators();
-const Rotators *neon_rotators();
+NF_DECLARE_TABLES(Rotators, rotators)
 
 }  // namespace nf

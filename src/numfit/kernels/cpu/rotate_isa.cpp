@@ -196,13 +196,6 @@ static void sparse(const float *x, const int32_t *index, const float *value, int
 
 }  // namespace NF_ISA
 
-#define NF_NAME_(isa) isa##_rotators
-#define NF_NAME(isa) NF_NAME_(isa)
-#define NF_STRING_(isa) #isa
-#define NF_STRING(isa) NF_STRING_(isa)
-const Rotators *NF_NAME(NF_ISA)() {
-    static const Rotators table = {NF_STRING(NF_ISA), NF_ISA::turn, NF_ISA::dots, NF_ISA::add, NF_ISA::sparse};
-    return &table;
-}
+NF_DEFINE_TABLE(Rotators, rotators, NF_ISA::turn, NF_ISA::dots, NF_ISA::add, NF_ISA::sparse)
 
 }  // namespace nf

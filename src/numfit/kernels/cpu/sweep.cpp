@@ -3,39 +3,14 @@
 
 #include <atomic>
 #include <cstdio>
-#include <cstring>
 #include <new>
-#include <vector>
 
 #include "kernels.h"
 
 namespace nf {
 namespace {
 
-const Sweepers &sweepers() {
-    static const std::vector<const Sweepers *> all = {
-        portable_sweepers(),
-#ifdef NF_HAVE_AVX2
-        avx2_sweepers(),
-#endif
-#ifdef NF_HAVE_AVXVNNI
-        avxvnni_sweepers(),
-#endif
-#ifdef NF_HAVE_AVX512
-        avx512_sweepers(),
-#endif
-#ifdef NF_HAVE_AMX
-        amx_sweepers(),
-#endif
-#ifdef NF_HAVE_NEON
-        neon_sweepers(),
-#endif
-    };
-    for (const Sweepers *s : all) {
-        if (std::strcmp(s->name, kernels().name) == 0) return *s;
-    }
-    return *all[0];
-}
+const Sweepers &sweepers() { return NF_CHOSEN_TABLE(sweepers); }
 
 int fail(char *message, const char *what) {
     std::snprintf(message, NF_ERROR, "%s", what);

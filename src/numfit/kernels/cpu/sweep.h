@@ -3,6 +3,7 @@
 // A lane is a row: rows do not depend on one another, so results depend neither on threads nor on the instruction set. Every step
 // is the same fp32 operation as in the eager code, in the same order: results are the same bits.
 #pragma once
+#include "dispatch.h"
 #include "numfit.h"
 
 // What columns are rounded with (numfit/solvers/rounding.py).
@@ -65,11 +66,6 @@ struct Sweepers {
     void (*descend)(const nf_lattice &, const nf_run &, int64_t row, int count, void *scratch);
 };
 
-const Sweepers *portable_sweepers();
-const Sweepers *avx2_sweepers();
-const Sweepers *avxvnni_sweepers();
-const Sweepers *avx512_sweepers();
-const Sweepers *amx_sweepers();
-const Sweepers *neon_sweepers();
+NF_DECLARE_TABLES(Sweepers, sweepers)
 
 }  // namespace nf

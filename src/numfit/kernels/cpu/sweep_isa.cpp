@@ -261,14 +261,6 @@ static void descend(const nf_lattice &l, const nf_run &r, int64_t row, int count
 
 }  // namespace NF_ISA
 
-#define NF_NAME_(isa) isa##_sweepers
-#define NF_NAME(isa) NF_NAME_(isa)
-#define NF_STRING_(isa) #isa
-#define NF_STRING(isa) NF_STRING_(isa)
-const Sweepers *NF_NAME(NF_ISA)() {
-    static const Sweepers table = {NF_STRING(NF_ISA), NF_ISA::W, NF_ISA::sweep_scratch, NF_ISA::descend_scratch, NF_ISA::sweep,
-                                   NF_ISA::descend};
-    return &table;
-}
+NF_DEFINE_TABLE(Sweepers, sweepers, NF_ISA::W, NF_ISA::sweep_scratch, NF_ISA::descend_scratch, NF_ISA::sweep, NF_ISA::descend)
 
 }  // namespace nf

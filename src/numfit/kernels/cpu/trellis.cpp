@@ -19,30 +19,7 @@ namespace nf {
 
 constexpr int kExhaustive = 12;  // bits of the longest stream of which every one is tried; at least L - k
 
-const TrellisKernels &trellis_kernels() {
-    static const std::vector<const TrellisKernels *> all = {
-        portable_trellis(),
-#ifdef NF_HAVE_AVX2
-        avx2_trellis(),
-#endif
-#ifdef NF_HAVE_AVXVNNI
-        avxvnni_trellis(),
-#endif
-#ifdef NF_HAVE_AVX512
-        avx512_trellis(),
-#endif
-#ifdef NF_HAVE_AMX
-        amx_trellis(),
-#endif
-#ifdef NF_HAVE_NEON
-        neon_trellis(),
-#endif
-    };
-    for (const TrellisKernels *e : all) {
-        if (std::strcmp(e->name, kernels().name) == 0) return *e;
-    }
-    return *all[0];
-}
+const TrellisKernels &trellis_kernels() { return NF_CHOSEN_TABLE(trellis); }
 
 namespace {
 

@@ -4,6 +4,7 @@
 // that decodes it is the L bits from p k on: newest symbol lowest, time running from the last weight to the first. Tiles at the
 // edges of a matrix are short and circular in themselves.
 #pragma once
+#include "dispatch.h"
 #include "kernels.h"
 
 typedef struct {
@@ -94,11 +95,6 @@ struct TrellisKernels {
 
 const TrellisKernels &trellis_kernels();  // of the instruction set in use
 
-const TrellisKernels *portable_trellis();
-const TrellisKernels *avx2_trellis();
-const TrellisKernels *avxvnni_trellis();
-const TrellisKernels *avx512_trellis();
-const TrellisKernels *amx_trellis();
-const TrellisKernels *neon_trellis();
+NF_DECLARE_TABLES(TrellisKernels, trellis)
 
 }  // namespace nf

@@ -4,15 +4,7 @@
 // Costs are 16-bit and saturate; the least of a step is taken away in the next one. Every operation is an integer one that is
 // the same on all instruction sets, and the first of equal candidates wins, so paths are the same everywhere.
 #include "trellis.h"
-#if defined(__AVX512VBMI__)
-#include "vec_avx512.h"
-#elif defined(__AVX2__)
-#include "vec_avx2.h"
-#elif defined(__ARM_FEATURE_DOTPROD)
-#include "vec_neon.h"
-#else
-#include "vec_portable.h"
-#endif
+#include "vec.h"
 #include "tile.h"
 #include "trellis_apply.h"
 
@@ -172,13 +164,6 @@ static void path(const TrellisCosts &c, const int16_t *v, int64_t steps, int32_t
 
 }  // namespace NF_ISA
 
-#define NF_NAME_(isa) isa##_trellis
-#define NF_NAME(isa) NF_NAME_(isa)
-#define NF_STRING_(isa) #isa
-#define NF_STRING(isa) NF_STRING_(isa)
-const TrellisKernels *NF_NAME(NF_ISA)() {
-    static const TrellisKernels table = {NF_STRING(NF_ISA), NF_ISA::path, NF_ISA::trellis_int8, NF_ISA::trellis_exact};
-    return &table;
-}
+NF_DEFINE_TABLE(TrellisKernels, trellis, NF_ISA::path, NF_ISA::trellis_int8, NF_ISA::trellis_exact)
 
 }  // namespace nf
