@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_kvcache_model import LONG, PAIRS, PROMPT, close, logits, tiny, view
-from tiny_models import save_tokenizer, transformers
+from tiny_models import build, save_tokenizer, transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from numfit.cli import eval as eval_verb
 from numfit.cli import run as run_verb
 from numfit.errors import OptionError
-from numfit.kvcache import QuantizedCache, attend, packed_attention, preset
+from numfit.kvcache import QuantizedCache, attend, doubt, packed_attention, preset
 from numfit.kvcache.stream import Stream
 from numfit.runtime import load
 
@@ -182,3 +182,11 @@ def test_generation_is_a_function_of_the_seed() -> None:
         made.append(logits_)
         assert all(isinstance(s, Stream) and s.seed == seed for s in cache.streams)
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache", "told"), [("qwen2", "kv4-rot", True), ("qwen2", "kv4", False), ("llama", "kv4-rot", False)]
+)
+def test_a_rotation_of_keys_with_biases_is_doubted(kind: str, cache: str, told: bool, tmp_path: Path) -> None:
+    model = build(kind, tmp_path / kind)
+    assert (doubt(model, cache) is not None) == told

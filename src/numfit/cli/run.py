@@ -93,6 +93,11 @@ def _answer(args: argparse.Namespace, prompt: str) -> int:
     for kernel, count in kernels.items():
         how = "" if kernel.startswith("PyTorch") else f", {activations} activations on {native.isa()}"
         print(f"{count} tensors: {kernel}{how}", file=sys.stderr)
+    if args.kv is not None:
+        from numfit.kvcache import doubt
+
+        if note := doubt(model, args.kv):
+            print(f"note: {note}", file=sys.stderr)
     decoder, reason = _decoder(model, args.kv)
     if reason:
         print(f"transformers' own code runs, because {reason}", file=sys.stderr)

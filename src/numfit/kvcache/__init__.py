@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from numfit.kvcache.attention import View, attend
-from numfit.kvcache.names import PRESETS, preset, stream
+from numfit.kvcache.names import PRESETS, doubt, preset, stream
 from numfit.kvcache.stream import Stream, constants, decode, encode
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "attend",
     "constants",
     "decode",
+    "doubt",
     "encode",
     "packed_attention",
     "preset",

@@ -18,6 +18,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from torch import nn
+
 from numfit.errors import FormatError, OptionError
 from numfit.formats import format as named_format
 from numfit.kvcache.coders import Coder, LloydMax, Octahedral, Residual, Sign, Ternary, Uniform, WordBook
@@ -52,6 +54,18 @@ def preset(name: str) -> tuple[Stream, Stream]:
     raise OptionError(
         f"unknown cache '{name}'; choose from: {', '.join(PRESETS)}, or give two types as KEYS,VALUES, for instance "
         "asym4-g128/channel,nf4-g64"
+    )
+
+
+def doubt(model: nn.Module, name: str) -> str | None:
+    """A sentence where a cache is known to harm a model: keys with biases behind a rotation, which spreads the few large channels
+    over all (docs/kvcache.md: Qwen2.5's perplexity 27 → 71); else None."""
+    biased = any(key.endswith("k_proj.bias") for key, _ in model.named_parameters())
+    if not biased or preset(name)[0].rotation is None:
+        return None
+    return (
+        f"this model's keys have biases, which the rotation of '{name}' spreads over all channels: answers may be useless; "
+        "kv4 and kv3, whose keys have their scales along time, do not mind"
     )
 
 
