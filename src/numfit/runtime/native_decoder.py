@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, c_int, c_int64, c_void_p
 from typing import Any
 
@@ -141,11 +142,28 @@ def build(model: Any) -> tuple[NativeDecoder | None, str]:
         return None, str(reason)
 
 
+@contextmanager
+def _in_fp32(model: Any) -> Iterator[None]:
+    """While inside, what a model keeps unpacked in 16 bits is fp32; afterwards the same tensors as before."""
+    kept = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
 def _prove(model: Any, decoder: NativeDecoder) -> None:
-    """Compare the logits of a few tokens with those of transformers, both with fp32 activations."""
+    """Compare the logits of a few tokens with those of transformers, both with fp32 activations.
+
+    transformers computes in fp32 for that: in bf16 its own rounding, which a badly quantized model amplifies, would be held
+    against the decoder.
+    """
     ids = torch.randint(0, decoder.vocabulary, (PROOF_TOKENS,), generator=torch.Generator().manual_seed(0))
     wanted, decoder.exact = decoder.exact, True
-    with exact_activations(model):
+    with exact_activations(model), _in_fp32(model):
         want = model(input_ids=ids[None], use_cache=False).logits[0].float()
     have = decoder.logits(ids)
     decoder.exact = wanted
