@@ -1,6 +1,6 @@
 """Quality per bit: numfit's types and algorithms against llama.cpp with an importance matrix, at true bits, in one table.
 
-    python benchmarks/quality.py --calibration CALIB.txt --text VALID.txt [--model smollm2|qwen-0.5b|DIR] [--only REGEX]
+    python benchmarks/quality.py --calibration CALIB.txt --text VALID.txt [--model smollm2|qwen-0.5b|qwen-1.5b|DIR] [--only REGEX]
                                  [--windows 8] [--llama-cpp SITE_PACKAGES] [--work DIR] [--svg FILE] [--markdown FILE]
 
 Each row is a checkpoint: quantized, written, read back, and compared with the original on `--windows` windows of 1024 tokens of
@@ -240,6 +240,8 @@ def rows_of(args: argparse.Namespace) -> tuple[Path, list[Row]]:
         return models.smollm2_degrid(), SMOLLM2
     if args.model == "qwen-0.5b":
         return models.qwen_half_b_degrid(), QWEN
+    if args.model == "qwen-1.5b":
+        return models.qwen_1_5b_degrid(), QWEN
     return Path(args.model), QWEN
 
 
@@ -251,7 +253,7 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2 (default), qwen-0.5b, or a directory")
+    parser.add_argument("--model", default="smollm2", help="smollm2 (default), qwen-0.5b, qwen-1.5b, or a directory")
     parser.add_argument("--calibration", required=True, type=Path, metavar="FILE", help="calibration text")
     parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="text to measure on")
     parser.add_argument("--windows", type=int, default=8, metavar="N", help="of the text, 1024 tokens each (default 8)")
