@@ -42,10 +42,11 @@ Acts prepare(const Layout &l, const float *x, int64_t m, int64_t ldx, bool exact
     } else {
         // AMX loads 16 tokens, whether they are there or not: that much room behind everything
         const int64_t codes = (positions + 1024 + 63) / 64 * 64, words = (groups + 16) * 4;
-        uint8_t *p = scratch.get(static_cast<size_t>(codes + 2 * words));
+        uint8_t *p = scratch.get(static_cast<size_t>(codes + 3 * words));
         a.codes = reinterpret_cast<int8_t *>(p);
         a.scale = reinterpret_cast<float *>(p + codes);
         a.sum = reinterpret_cast<int32_t *>(p + codes + words);
+        a.start = reinterpret_cast<int32_t *>(p + codes + 2 * words);
     }
     const Kernels &k = kernels();
     const int64_t step = std::max<int64_t>(m < 256 ? 1 : 16, 16384 / l.k);

@@ -36,8 +36,8 @@ template <class T> static void exact_tokens(const Layout &l, const Acts &a, floa
                         }
                         at.left = l.tiles_per_block;
                     }
-                    T::exact(l, l.levels, at.meta, effective, at.code, w[t]);
-                    at.code += l.code_bytes;
+                    T::exact(l, l.levels, at.meta, effective, at.code, at.quads, w[t]);
+                    at.step(l);
                 }
                 for (int64_t m = first; m < end; m += kExactTokens) {
                     Floats acc[kExactTokens][4];

@@ -21,12 +21,13 @@ template <class T> struct Run {
 
 // Where decoding of a block of rows stands.
 struct Cursor {
-    const uint8_t *code, *entry;
+    const uint8_t *code, *quads, *entry;
     int64_t left = 0;
     Meta meta;
     Cursor(const Layout &l, int64_t block)
-        : code(l.code_stream + block * l.tiles * l.code_bytes), entry(l.meta_stream + block * l.metas() * l.meta_bytes) {}
+        : code(l.codes_of(block)), quads(l.quads_of(block)), entry(l.meta_stream + block * l.metas() * l.meta_bytes) {}
     Cursor() = default;
+    void step(const Layout &l) { code += l.code_bytes, quads += l.quad_bytes; }
 };
 
 template <class T> static void decode_run(const typename T::Tables &tables, const MemberTables &members, const Layout &l, int count,
@@ -43,14 +44,14 @@ template <class T> static void decode_run(const typename T::Tables &tables, cons
             prefetch_far(at.code + kRun * l.code_bytes + line);
         }
         Bytes w[16];
-        T::index(at.code, at.meta, w);
+        T::template index<T::keyed>(at.code, at.quads, at.meta, w);
 #pragma GCC unroll 16
         for (int j = 0; j < T::count; j++) {
             Vec::store(run.first[t][j], tables.level(at.meta, j, w[j]));
             if constexpr (T::two) Vec::store(run.second[t][j], tables.level2(w[j]));
         }
         for (int s = 0; s < l.sub; s++) run.group[t * l.sub + s] = factors<T>(l, at.meta, s);
-        at.code += l.code_bytes;
+        at.step(l);
     }
 }
 
@@ -68,7 +69,6 @@ struct TileConfig {  // nothing to set up here
 // sums [kStep][16] + tokens [token, token + kStep) times the run that starts at tile `t0`
 template <class T, bool scaled, bool zero> static void multiply_step(const Layout &l, const Run<T> &run, int64_t t0, int count, const Acts &a,
                                                                 int64_t token, float (*sums)[16]) {
-    const int bias = Vec::kBiased ? l.bias : 0, bias2 = Vec::kBiased ? l.bias2 : 0;
     const int per_group = T::count / l.sub;
     int64_t who[kStep];
     Floats acc[kStep];
@@ -83,8 +83,8 @@ template <class T, bool scaled, bool zero> static void multiply_step(const Layou
             const int64_t g = ((t0 + t) * l.sub + s) * a.m;
             Ints p[kStep], p2[kStep];
             for (int i = 0; i < kStep; i++) {
-                p[i] = Vec::ints(-bias * a.sum[g + who[i]]);
-                if constexpr (T::two) p2[i] = Vec::ints(-bias2 * a.sum[g + who[i]]);
+                p[i] = Vec::kBiased ? Vec::all(a.start + g + who[i]) : Vec::ints(0);
+                if constexpr (T::two) p2[i] = p[i];
             }
             for (int j = s * per_group; j < (s + 1) * per_group; j++) {
                 const Bytes w = Vec::load(run.first[t][j]);

@@ -56,82 +56,87 @@ template <class T> static inline Floats add_group(const Factors &f, bool scaled,
     return Vec::fma(sum, scaled ? Vec::mul(f.scale, x) : x, acc);
 }
 
-template <class T, int tokens> static inline void dots(const typename T::Tables &tables, const Layout &l, const Meta &meta,
-                                                       const uint8_t *code, const Acts &a, int64_t tile, const int64_t *token,
-                                                       Floats *acc) {
+// The products of one tile, added to acc. `sub`: the groups of a tile, 0 if only the layout knows.
+template <class T, int tokens, int sub>
+static inline __attribute__((always_inline)) void dots(const typename T::Tables &tables, const Layout &l, const Meta &meta, const uint8_t *code,
+                                                       const uint8_t *quads, const Acts &a, int64_t tile, const int64_t *token, Floats *acc) {
+    constexpr int parts = sub == 1 || sub == 2 ? 2 : 4;  // sums a token, whatever the groups: their latencies overlap
+    const int groups = sub ? sub : l.sub;
     Bytes w[16];
-    T::index(code, meta, w);
-    Ints p[tokens][4], p2[T::two ? tokens : 1][4];
+    T::template index<T::keyed>(code, quads, meta, w);
+    Ints p[tokens][parts], p2[T::two ? tokens : 1][parts];
     const int8_t *x[tokens];
     for (int i = 0; i < tokens; i++) {
-        x[i] = a.codes + (tile * a.m + token[i]) * l.tile;
-        for (int q = 0; q < 4; q++) {
-            p[i][q] = Vec::ints(0);
-            if constexpr (T::two) p2[i][q] = Vec::ints(0);
+        x[i] = a.codes + (tile * a.m + token[i]) * (4 * T::count);
+        for (int q = 0; q < parts; q++) {
+            const bool first = q * groups % parts == 0;
+            p[i][q] = Vec::kBiased && first ? Vec::all(a.start + (tile * groups + q * groups / parts) * a.m + token[i]) : Vec::ints(0);
+            if constexpr (T::two) p2[i][q] = p[i][q];
         }
     }
 #pragma GCC unroll 16
     for (int j = 0; j < T::count; j++) {
+        const int q = j * parts / T::count;
         const Bytes level = tables.level(meta, j, w[j]);
-        for (int i = 0; i < tokens; i++) p[i][4 * j / T::count] = Vec::dot(p[i][4 * j / T::count], level, x[i] + 4 * j);
+        for (int i = 0; i < tokens; i++) p[i][q] = Vec::dot(p[i][q], level, x[i] + 4 * j);
         if constexpr (T::two) {
             const Bytes level2 = tables.level2(w[j]);
-            for (int i = 0; i < tokens; i++) p2[i][4 * j / T::count] = Vec::dot(p2[i][4 * j / T::count], level2, x[i] + 4 * j);
+            for (int i = 0; i < tokens; i++) p2[i][q] = Vec::dot(p2[i][q], level2, x[i] + 4 * j);
         }
     }
-    const int bias = Vec::kBiased ? l.bias : 0, bias2 = Vec::kBiased ? l.bias2 : 0;
     for (int i = 0; i < tokens; i++) {
-        const auto group = [&](int s, Ints sum, Ints sum2) {
-            const int64_t g = (tile * l.sub + s) * a.m + token[i];
-            sum = Vec::add(sum, Vec::ints(-bias * a.sum[g]));
-            if constexpr (T::two) sum2 = Vec::add(sum2, Vec::ints(-bias2 * a.sum[g]));
-            acc[i] = add_group<T>(factors<T>(l, meta, s), is_scaled<T>(l), l.zero_bytes != 0, sum, sum2, a.scale[g], a.sum[g], acc[i]);
-        };
-        Ints *r = p[i], *r2 = p2[T::two ? i : 0];
-        if (l.sub == 4) {
-            for (int s = 0; s < 4; s++) group(s, r[s], r2[s]);
-        } else {
-            r[0] = Vec::add(r[0], r[1]), r[2] = Vec::add(r[2], r[3]);
-            if constexpr (T::two) r2[0] = Vec::add(r2[0], r2[1]), r2[2] = Vec::add(r2[2], r2[3]);
-            if (l.sub == 2) {
-                group(0, r[0], r2[0]);
-                group(1, r[2], r2[2]);
-            } else {
-                if constexpr (T::two) r2[0] = Vec::add(r2[0], r2[2]);
-                group(0, Vec::add(r[0], r[2]), r2[0]);
+        for (int s = 0; s < groups; s++) {
+            const int from = s * parts / groups, to = (s + 1) * parts / groups;
+            const int64_t g = (tile * groups + s) * a.m + token[i];
+            Ints sum = p[i][from], sum2 = p2[T::two ? i : 0][from];
+            for (int q = from + 1; q < to; q++) {
+                sum = Vec::add(sum, p[i][q]);
+                if constexpr (T::two) sum2 = Vec::add(sum2, p2[i][q]);
             }
+            acc[i] = add_group<T>(factors<T>(l, meta, s), is_scaled<T>(l), l.zero_bytes != 0, sum, sum2, a.scale[g], a.sum[g], acc[i]);
         }
     }
 }
 
-template <class T, int tokens> static void block_of_rows(const typename T::Tables &tables, const MemberTables &members, const Layout &l,
-                                                         const Acts &a, int64_t block, const int64_t *token, Floats *acc) {
-    const uint8_t *code = l.code_stream + block * l.tiles * l.code_bytes;
+template <class T, int tokens, int sub> static void block_of_rows(const typename T::Tables &tables, const MemberTables &members,
+                                                                  const Layout &l, const Acts &a, int64_t block, const int64_t *token,
+                                                                  Floats *acc) {
+    constexpr int line = 64, code_bytes = line * stored_vectors(T::codes);
+    const uint8_t *code = l.codes_of(block), *quads = l.quads_of(block);
     const uint8_t *entry = l.meta_stream + block * l.metas() * l.meta_bytes;
+    const Ahead ahead = l.ahead;
+    const int meta_bytes = l.meta_bytes;
     Meta meta;
     int64_t left = 0;
     for (int i = 0; i < tokens; i++) acc[i] = Vec::floats(0.0f);
     for (int64_t t = 0; t < l.tiles; t++, left--) {
         if (left == 0) {
-            if (l.meta_bytes) {
-                load_meta<T::members, T::two>(l, members, entry, meta);
-                entry += l.meta_bytes;
-                prefetch(entry + kNear);
+            if (meta_bytes) {
+                load_meta<T::members, T::two, sub>(l, members, entry, meta);
+                for (int at = 0; at < meta_bytes; at += line) prefetch(entry + kNear + at);
+                entry += meta_bytes;
             }
             left = l.tiles_per_block;
         }
-        for (int line = 0; line < 64 * stored_vectors(T::codes); line += 64) {
-            prefetch_far(code + kFar + line);
-            prefetch(code + kNear + line);
+        for (int at = 0; at < code_bytes; at += line) prefetch_far(code + ahead.far + at);
+        if (ahead.again) {
+            for (int at = 0; at < code_bytes; at += line) prefetch_far(code + ahead.again + at);
+        } else {
+            for (int at = 0; at < code_bytes; at += line) prefetch(code + kNear + at);
         }
-        dots<T, tokens>(tables, l, meta, code, a, t, token, acc);
-        code += l.code_bytes;
+        dots<T, tokens, sub>(tables, l, meta, code, quads, a, t, token, acc);
+        code += code_bytes;
+        if constexpr (T::quad) {
+            quads += 32;
+            prefetch(quads + kNear);
+        }
     }
 }
 
 template <class T> static void few_tokens(const Layout &l, const Acts &a, float *y, int64_t ldy, const float *bias, int64_t from, int64_t to) {
     const typename T::Tables tables(l, Vec::kBiased);
     const MemberTables members(l);
+    const auto one = l.sub == 1 ? block_of_rows<T, 1, 1> : l.sub == 2 ? block_of_rows<T, 1, 2> : block_of_rows<T, 1, 4>;
     for (int64_t block = from; block < to; block++) {
         const Floats row = row_factor(l, block);
         int64_t m = 0;
@@ -140,13 +145,13 @@ template <class T> static void few_tokens(const Layout &l, const Acts &a, float 
                 int64_t token[Vec::kTokens];
                 Floats acc[Vec::kTokens];
                 for (int i = 0; i < Vec::kTokens; i++) token[i] = m + i < a.m ? m + i : a.m - 1;
-                block_of_rows<T, Vec::kTokens>(tables, members, l, a, block, token, acc);
+                block_of_rows<T, Vec::kTokens, 0>(tables, members, l, a, block, token, acc);
                 for (int i = 0; i < Vec::kTokens && m + i < a.m; i++) finish(l, block, acc[i], row, y + (m + i) * ldy, bias);
             }
         }
         for (; m < a.m; m++) {
             Floats acc;
-            block_of_rows<T, 1>(tables, members, l, a, block, &m, &acc);
+            one(tables, members, l, a, block, &m, &acc);
             finish(l, block, acc, row, y + m * ldy, bias);
         }
     }

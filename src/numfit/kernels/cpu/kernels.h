@@ -6,12 +6,12 @@
 namespace nf {
 
 // Activations of m tokens, laid out for the kernels of one (tile, sub, column) geometry:
-// int8: codes [tiles][m][tile], scale and sum of each group [groups][m]; exact: fp32 [tiles][m][tile].
+// int8: codes [tiles][m][tile], scale, sum and start (−kBias · sum) of each group [groups][m]; exact: fp32 [tiles][m][tile].
 struct Acts {
     int64_t m = 0;
     int8_t *codes = nullptr;
     float *scale = nullptr;
-    int32_t *sum = nullptr;
+    int32_t *sum = nullptr, *start = nullptr;
     float *exact = nullptr;
 };
 
@@ -33,7 +33,7 @@ struct Kernels {
     // Row blocks [from, to) of y [m][ldy] = x · Wᵀ + bias. y holds only the `n` rows that exist. Thread-safe.
     void (*apply_int8)(const Layout &, const Acts &, float *y, int64_t ldy, const float *bias, int64_t from, int64_t to);
     void (*apply_exact)(const Layout &, const Acts &, float *y, int64_t ldy, const float *bias, int64_t from, int64_t to);
-    // A plain read of `bytes` bytes (whole lines), prefetched as the kernels do; returns a sum of what was read.
+    // A plain read of `bytes` bytes (whole lines), prefetched; returns a sum of what was read.
     int64_t (*read)(const uint8_t *p, int64_t bytes);
     // Pieces of a decoder (ops.inc); see decoder.cpp for what they are used for.
     struct Ops {

@@ -14,8 +14,8 @@
 //   triple  AMS units of three neighbours with 5-bit prefixes: three vectors A, B, C with columns k, k + 3, k + 6, k + 9
 //           (k + 1 …, k + 2 …) in two: U = A | S << 5 | C[1:0] << 6, V = B | C[4:2] << 5, S the member; tiles of 48 columns
 //
-// AMS units of four neighbours are one lane: after the codes of a tile stand 16 words of 16 bits, one a row, bit j the
-// member of vector j ("quad"). What belongs to groups and blocks (scales, members, zero points) lies in a second stream,
+// AMS units of four neighbours are one lane: a stream of its own has 16 words of 16 bits for a tile, one a row, bit j the
+// member of vector j ("quads"). What belongs to groups and blocks (scales, members, zero points) lies in another one,
 // in the order in which the kernels read it, 16 rows side by side.
 //
 // A group is what shares an activation scale: min(64, block, unit) columns, 48 for triples. Groups that do not end with a
@@ -31,9 +31,15 @@ namespace nf {
 
 constexpr int kRows = 16;
 constexpr int kEntries = 512;  // of a decode table: members << bits | code
-constexpr int kFar = 4096, kNear = 512;  // bytes ahead in the code stream: into the second and the first cache level
+constexpr int kFar = 4096, kNear = 512;  // bytes ahead in a stream: into the second and the first cache level
+constexpr int kBias = 128;  // added to int8 levels where products take unsigned weights
 
 struct TrellisLayout;  // trellis.h
+
+// Where a matrix-vector kernel asks for codes: bytes ahead into the second cache level, and once more there or, if `again` is 0,
+// into the first.
+struct Ahead { int far, again; };
+Ahead ahead_here();  // on this processor (memory.cpp)
 
 enum class Codes { b2, b3, b4, b5, b6, b8, triple };
 enum class Members { none, group, quad };  // how the member of a weight is found; triples carry their own
@@ -55,7 +61,8 @@ struct Layout {
     int64_t tiles;          // a row
     int64_t tiles_per_block;  // tiles that share one entry of the meta stream; `tiles` where scales belong to the row
     int64_t row_blocks;     // of 16 rows
-    int code_bytes;         // of a tile of 16 rows, quad words included
+    int code_bytes;         // of a tile of 16 rows
+    int quad_bytes;         // of its quads: 0 or 32
     int scale_bytes;        // of 16 scales: 0, 16 or 32
     int member_bytes;       // of 16 members: 0, 8 (nibbles, see repack.cpp) or 16
     int zero_bytes;         // of 16 zero points: 0 or 16
@@ -68,22 +75,25 @@ struct Layout {
     alignas(64) int8_t table[kEntries];
     alignas(64) int8_t table2[64];
     alignas(64) float c1[32], c2[32];  // factor of each member
-    int bias, bias2;        // - least entry
     int zero_shift;         // subtracted from zero points: 128 where 8-bit codes had to be brought into int8
     double rounding;        // largest |table · c1 − level| over the largest level
     alignas(64) float levels[kEntries];  // exact, by member << bits | code
 
     // memory
     uint8_t *code_stream = nullptr;  // [row_blocks][tiles][code_bytes]
+    uint8_t *quad_stream = nullptr;  // [row_blocks][tiles][quad_bytes]
     uint8_t *meta_stream = nullptr;  // [row_blocks][entries of the row][meta_bytes]
     float *row_scale = nullptr;      // [row_blocks * 16]; parent, or the scale itself for NF_ROW
     void *arena = nullptr;
     int64_t arena_bytes = 0;
     bool huge = false;
+    Ahead ahead = ahead_here();
     TrellisLayout *trellis = nullptr;  // in the arena too; its blocks are of 64 rows, and streams are its own
 
     int64_t positions() const { return tiles * tile; }  // columns with padding
     int64_t groups() const { return tiles * sub; }
+    const uint8_t *codes_of(int64_t row_block) const { return code_stream + row_block * tiles * code_bytes; }
+    const uint8_t *quads_of(int64_t row_block) const { return quad_stream + row_block * tiles * quad_bytes; }
     int64_t metas() const { return meta_bytes ? (tiles + tiles_per_block - 1) / tiles_per_block : 0; }
 };
 

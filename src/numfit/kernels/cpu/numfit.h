@@ -62,7 +62,7 @@ NF_API int nf_gather(const nf_linear *linear, const int64_t *rows, int64_t count
 // The way back: codes uint8 [count][cols], scale words, member [count][units], zero [count][blocks]; null where not wanted.
 NF_API int nf_unpack(const nf_linear *linear, const int64_t *rows, int64_t count, uint8_t *codes, void *scale,
                      uint8_t *member, uint8_t *zero, char *error);
-// A plain read of `bytes` bytes in huge pages, prefetched as the kernels do: the roof of benchmarks.
+// A plain read of `bytes` bytes in huge pages, prefetched: the roof of benchmarks.
 NF_API void *nf_arena(int64_t bytes);
 NF_API void nf_arena_free(void *arena);
 NF_API int64_t nf_read_stream(const void *arena, int64_t bytes);

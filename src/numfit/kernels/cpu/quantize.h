@@ -65,6 +65,7 @@ static void quantize(const Layout &l, const float *x, int64_t ldx, const Acts &a
             for (int s = 0; s < l.sub; s++) {
                 const int64_t g = (t * l.sub + s) * a.m + m;
                 a.scale[g] = quantize_group(source + s * l.group, l.group, a.codes + place + s * l.group, a.sum + g);
+                a.start[g] = -kBias * a.sum[g];
             }
         }
     }

@@ -84,35 +84,37 @@ int stored(Codes c) {
 
 // Where the bits of the code at each position of a tile lie, relative to lane r's bytes at 4 r.
 struct Places {
-    struct Place { int count, offset[4], shift[4], mask[4], at[4], step[4]; } of[64];
+    struct Place { int count, offset[3], shift[3], mask[3], at[3], quad; } of[64];  // quad: where its bit of quads lies, or -1
     explicit Places(const Layout &l) {
         for (int p = 0; p < l.tile; p++) {
             Field f[3];
             Place &place = of[p];
             place.count = fields(l.codes, p / 4, f);
-            for (int i = 0; i < place.count; i++) set(place, i, 64 * f[i].vector + p % 4, f[i].shift, f[i].bits, f[i].at, 4);
-            if (l.member_kind == Members::quad) {  // one bit a row and vector, in words behind the codes
-                set(place, place.count++, 64 * stored(l.codes) + p / 4 / 8, p / 4 % 8, 1, l.bits, 2);
+            for (int i = 0; i < place.count; i++) {
+                place.offset[i] = 64 * f[i].vector + p % 4, place.shift[i] = f[i].shift, place.mask[i] = (1 << f[i].bits) - 1;
+                place.at[i] = f[i].at;
             }
+            place.quad = l.member_kind == Members::quad ? p / 4 : -1;  // a word of 16 bits a row
         }
+        quad_at = l.bits;
     }
-    static void set(Place &place, int i, int offset, int shift, int bits, int at, int step) {
-        place.offset[i] = offset, place.shift[i] = shift, place.mask[i] = (1 << bits) - 1, place.at[i] = at, place.step[i] = step;
-    }
-    uint32_t read(const uint8_t *tile, int r, int64_t p) const {
+    int quad_at;  // where that bit belongs in the code
+    uint32_t read(const uint8_t *tile, const uint8_t *quads, int r, int64_t p) const {
         const Place &place = of[p];
         uint32_t code = 0;
         for (int i = 0; i < place.count; i++) {
-            code |= static_cast<uint32_t>(tile[place.offset[i] + place.step[i] * r] >> place.shift[i] & place.mask[i]) << place.at[i];
+            code |= static_cast<uint32_t>(tile[place.offset[i] + 4 * r] >> place.shift[i] & place.mask[i]) << place.at[i];
         }
+        if (place.quad >= 0) code |= static_cast<uint32_t>(quads[2 * r + place.quad / 8] >> place.quad % 8 & 1) << quad_at;
         return code;
     }
-    void write(uint8_t *tile, int r, int64_t p, uint32_t code) const {
+    void write(uint8_t *tile, uint8_t *quads, int r, int64_t p, uint32_t code) const {
         const Place &place = of[p];
         for (int i = 0; i < place.count; i++) {
-            tile[place.offset[i] + place.step[i] * r] |=
+            tile[place.offset[i] + 4 * r] |=
                 static_cast<uint8_t>((code >> place.at[i] & static_cast<uint32_t>(place.mask[i])) << place.shift[i]);
         }
+        if (place.quad >= 0) quads[2 * r + place.quad / 8] |= static_cast<uint8_t>((code >> quad_at & 1) << place.quad % 8);
     }
 };
 
@@ -169,7 +171,8 @@ bool choose(const nf_matrix &m, Layout &l, char *error) {
     const bool per_row = l.scale_kind == NF_ROW && l.member_kind != Members::group && !l.has_zero;
     l.tiles_per_block = per_row ? l.tiles : l.sub > 1 ? 1 : spans.padded / l.tile;
     l.row_blocks = (l.n + kRows - 1) / kRows;
-    l.code_bytes = 64 * stored(l.codes) + (l.member_kind == Members::quad ? 32 : 0);
+    l.code_bytes = 64 * stored(l.codes);
+    l.quad_bytes = l.member_kind == Members::quad ? 32 : 0;
     l.scale_bytes = l.scale_kind == NF_ROW ? 0 : l.scale_kind <= NF_BF16 ? 32 : 16;
     l.member_bytes = l.member_kind != Members::group ? 0 : l.members <= 16 ? 8 : 16;
     l.zero_bytes = l.has_zero ? 16 : 0;
@@ -178,16 +181,17 @@ bool choose(const nf_matrix &m, Layout &l, char *error) {
 }
 
 bool allocate(Layout &l, bool identity, char *error) {
-    const int64_t code = l.row_blocks * l.tiles * l.code_bytes, meta = l.row_blocks * l.metas() * l.meta_bytes;
+    const int64_t code = l.row_blocks * l.tiles * l.code_bytes, quad = l.row_blocks * l.tiles * l.quad_bytes, meta = l.row_blocks * l.metas() * l.meta_bytes;
     const int64_t row = l.row_blocks * kRows * 4, map = identity ? 0 : l.positions() * 4;
     const auto line = [](int64_t n) { return (n + 63) / 64 * 64; };
     // kernels load whole vectors: the streams are followed by a few lines that nobody uses
-    l.arena_bytes = line(code) + line(meta + 64) + line(row) + line(map) + 64;
+    l.arena_bytes = line(code) + line(quad) + line(meta + 64) + line(row) + line(map) + 64;
     l.arena = arena_alloc(l.arena_bytes, &l.huge);
     if (!l.arena) return refuse(error, "there is no memory for %lld bytes of weights", l.arena_bytes);
     auto *p = static_cast<uint8_t *>(l.arena);
     l.code_stream = p;
-    l.meta_stream = p += line(code);
+    l.quad_stream = p += line(code);
+    l.meta_stream = p += line(quad);
     l.row_scale = reinterpret_cast<float *>(p += line(meta + 64));
     if (!identity) l.column = reinterpret_cast<int32_t *>(p + line(row));
     return true;
@@ -242,7 +246,7 @@ bool pack_rows(const nf_matrix &m, Layout &l, const Spans &spans, const Places &
         if (l.scale_kind == NF_ROW) factor = static_cast<const float *>(m.scale)[row] * factor;
         l.row_scale[row] = factor * power;
         const uint8_t *codes = m.codes + row * row_bytes;
-        uint8_t *tiles = l.code_stream + block * l.tiles * l.code_bytes;
+        uint8_t *tiles = l.code_stream + block * l.tiles * l.code_bytes, *quads = l.quad_stream + block * l.tiles * l.quad_bytes;
         for (int64_t c = 0; c < l.k; c++) {
             uint32_t code = stream_code(codes, c, l.bits), full = code;
             if (l.has_member) {
@@ -252,7 +256,8 @@ bool pack_rows(const nf_matrix &m, Layout &l, const Spans &spans, const Places &
                 if (merged) code = full;
             }
             fine = fine && finite[full % kEntries];
-            places.write(tiles + positions[c] / l.tile * l.code_bytes, r, positions[c] % l.tile, code);
+            const int64_t tile = positions[c] / l.tile;
+            places.write(tiles + tile * l.code_bytes, quads + tile * l.quad_bytes, r, positions[c] % l.tile, code);
         }
         for (int64_t s = 0; s < spans.count(); s++) {
             const int64_t b = s / spans.per_block;
@@ -309,11 +314,11 @@ void unpack_row(const Layout &l, int64_t row, uint8_t *codes, uint8_t *scale, ui
     const Places places(l);
     const int64_t block = row / kRows;
     const int r = static_cast<int>(row % kRows), word = l.scale_bytes / kRows;
-    const uint8_t *tiles = l.code_stream + block * l.tiles * l.code_bytes;
+    const uint8_t *tiles = l.codes_of(block), *quads = l.quads_of(block);
     const int64_t units_per_block = l.has_member ? (l.block + l.unit - 1) / l.unit : 0;
     for (int64_t c = 0; (codes || member) && c < l.k; c++) {
         const int64_t p = position_of(l, spans, c);
-        const uint32_t code = places.read(tiles + p / l.tile * l.code_bytes, r, p % l.tile);
+        const uint32_t code = places.read(tiles + p / l.tile * l.code_bytes, quads + p / l.tile * l.quad_bytes, r, p % l.tile);
         if (codes) codes[c] = static_cast<uint8_t>(code & ((1u << l.bits) - 1));
         if (member && l.member_kind != Members::group) {
             member[c / l.block * units_per_block + c % l.block / l.unit] = static_cast<uint8_t>(code >> l.bits);
@@ -356,7 +361,7 @@ void gather_row(const Layout &l, int64_t row, float *out) {
     const Spans spans(l);
     const Places places(l);
     const int r = static_cast<int>(row % kRows);
-    const uint8_t *tiles = l.code_stream + row / kRows * l.tiles * l.code_bytes;
+    const uint8_t *tiles = l.codes_of(row / kRows), *quads = l.quads_of(row / kRows);
     for (int64_t s = 0; s < spans.count(); s++) {
         float scale = l.row_scale[row], c1 = 0, c2 = 0;
         uint32_t high = 0;
@@ -370,7 +375,7 @@ void gather_row(const Layout &l, int64_t row, float *out) {
         const int64_t first = spans.start(s), length = spans.length(s);
         for (int64_t i = 0; i < length; i++) {
             const int64_t p = s * spans.padded + within(l, i);
-            const uint32_t code = high | places.read(tiles + p / l.tile * l.code_bytes, r, p % l.tile);
+            const uint32_t code = high | places.read(tiles + p / l.tile * l.code_bytes, quads + p / l.tile * l.quad_bytes, r, p % l.tile);
             float level = l.two_lane ? c1 * l.levels[code] + c2 * l.levels[16 + code] : l.levels[code];
             if (l.zero_bytes) level -= zero;
             out[first + i] = scale * level;

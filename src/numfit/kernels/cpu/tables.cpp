@@ -114,10 +114,6 @@ void build_tables(Layout &l, const float *levels) {
             l.table[i] = l.table[i % period];
         }
     }
-    int least = 0, least2 = 0;
-    for (int i = 0; i < l.entries; i++) least = std::min<int>(least, l.table[i]);
-    for (int i = 0; i < 16; i++) least2 = std::min<int>(least2, l.table2[i]);
-    l.bias = -least, l.bias2 = -least2;
 }
 
 const char *describe(const Layout &l, std::string &out) {

@@ -285,8 +285,8 @@ NF_API nf_linear *nf_trellis_repack(const nf_trellis_matrix *m, char *error) {
     l.codes = Codes::b8, l.member_kind = Members::none, l.width = 8;
     l.tile = l.group = 64, l.sub = 1, l.tiles = (l.k + 63) / 64, l.tiles_per_block = l.tiles;
     l.row_blocks = (l.n + kTileRows - 1) / kTileRows;
-    l.code_bytes = l.scale_bytes = l.member_bytes = l.zero_bytes = l.meta_bytes = 0;
-    l.two_lane = false, l.entries = 0, l.bias = 128, l.bias2 = 0, l.zero_shift = 0, l.rounding = 0;
+    l.code_bytes = l.quad_bytes = l.scale_bytes = l.member_bytes = l.zero_bytes = l.meta_bytes = 0;
+    l.two_lane = false, l.entries = 0, l.zero_shift = 0, l.rounding = 0;
     std::fill(l.c1, l.c1 + 32, m->level);
     std::fill(l.c2, l.c2 + 32, 0.0f);
 

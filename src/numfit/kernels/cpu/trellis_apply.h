@@ -181,7 +181,7 @@ template <int tokens, class D> static void row_of_tiles(const Layout &l, D &deco
         const int8_t *x[tokens];
         for (int i = 0; i < tokens; i++) {
             x[i] = a.codes + (g * a.m + token[i]) * 64;
-            for (int b = 0; b < kParts; b++) sum[i][b] = Vec::ints(Vec::kBiased ? -128 * a.sum[g * a.m + token[i]] : 0);
+            for (int b = 0; b < kParts; b++) sum[i][b] = Vec::kBiased ? Vec::all(a.start + g * a.m + token[i]) : Vec::ints(0);
         }
         const int64_t from = g * kStrips, there = all_strips(t), to = from + kStrips < there ? from + kStrips : there;
         each_strip(t, decoder, row, from, to, [&](const auto &d, int64_t s) __attribute__((always_inline)) {

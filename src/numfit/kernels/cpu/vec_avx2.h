@@ -14,6 +14,7 @@ struct Vec {
     struct Floats { __m256 a, b; };
     static constexpr bool kBiased = true;
     static constexpr int kTokens = 2;
+    static constexpr bool kSixBits = false;
 
     static __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
     static __m128i load128(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
@@ -60,6 +61,7 @@ struct Vec {
     }
 
     static Ints ints(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+    static Ints all(const int32_t *p) { return ints(*p); }
     static Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
     static Ints dot(Ints sum, Bytes w, const int8_t *x) {
         int32_t four;

@@ -12,15 +12,21 @@ struct Vec {
     using Bytes = __m512i;   // 16 lanes of 4 bytes
     using Ints = __m512i;    // 16 int32
     using Floats = __m512;   // 16 fp32
-    static constexpr bool kBiased = true;  // dot() takes unsigned weights: tables are shifted by `bias`
+    static constexpr bool kBiased = true;  // dot() takes unsigned weights: tables are shifted by kBias
     static constexpr int kTokens = 4;      // that a matrix-vector kernel serves at once
 
-    static Bytes load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+    static constexpr bool kSixBits = true;  // a lookup takes any index of six bits, at the price of four
+
+    static Bytes load(const uint8_t *p) {
+        Bytes v = _mm512_loadu_si512(p);
+        asm("" : "+v"(v));  // or GCC loads it again for each instruction that can read memory
+        return v;
+    }
     static void store(uint8_t *p, Bytes a) { _mm512_storeu_si512(p, a); }
     template <int n> static Bytes shift_right(Bytes a) { return n ? _mm512_srli_epi16(a, n) : a; }
     template <int n> static Bytes shift_left(Bytes a) { return n ? _mm512_slli_epi16(a, n) : a; }
     static Bytes mask(uint8_t m) { return _mm512_set1_epi8(static_cast<char>(m)); }
-    static Bytes select(Bytes m, Bytes a, Bytes b) { return _mm512_ternarylogic_epi32(m, a, b, 0xCA); }
+    static Bytes select(Bytes m, Bytes a, Bytes b) { return _mm512_ternarylogic_epi32(a, m, b, 0xE2); }
 
     // Table of 1 << log bytes; only the low `log` bits of an index count (its length may be padded by repetition).
     template <int log> struct Table { Bytes part[log <= 6 ? 1 : log == 7 ? 2 : 4]; };
@@ -54,6 +60,7 @@ struct Vec {
     }
 
     static Ints ints(int32_t a) { return _mm512_set1_epi32(a); }
+    static Ints all(const int32_t *p) { return _mm512_set1_epi32(*p); }
     static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
     // sum + four products of each lane: weights (unsigned if kBiased) by the same four activations for all lanes
     static Ints dot(Ints sum, Bytes w, const int8_t *x) {

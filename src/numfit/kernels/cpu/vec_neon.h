@@ -14,6 +14,7 @@ struct Vec {
     struct Floats { float32x4_t r[4]; };
     static constexpr bool kBiased = false;
     static constexpr int kTokens = 1;
+    static constexpr bool kSixBits = false;
 
     template <class T, class F> static T four(F f) { return {{f(0), f(1), f(2), f(3)}}; }
 
@@ -64,6 +65,7 @@ struct Vec {
     }
 
     static Ints ints(int32_t a) { return four<Ints>([&](int) { return vdupq_n_s32(a); }); }
+    static Ints all(const int32_t *p) { return ints(*p); }
     static Ints add(Ints a, Ints b) { return four<Ints>([&](int i) { return vaddq_s32(a.r[i], b.r[i]); }); }
     static Ints dot(Ints sum, Bytes w, const int8_t *x) {
         int32_t bytes;

@@ -30,6 +30,7 @@ struct Vec {
     struct Floats { float at[16]; };
     static constexpr bool kBiased = true;
     static constexpr int kTokens = 1;
+    static constexpr bool kSixBits = false;
 
     template <class F> static Bytes bytes(F f) { Bytes r; for (int i = 0; i < 64; i++) r.at[i] = static_cast<uint8_t>(f(i)); return r; }
     template <class F> static Ints each(F f) { Ints r; for (int i = 0; i < 16; i++) r.at[i] = f(i); return r; }
@@ -59,6 +60,7 @@ struct Vec {
     }
 
     static Ints ints(int32_t a) { return each([&](int) { return a; }); }
+    static Ints all(const int32_t *p) { return ints(*p); }
     static Ints add(const Ints &a, const Ints &b) { return each([&](int i) { return a.at[i] + b.at[i]; }); }
     static Ints dot(const Ints &sum, const Bytes &w, const int8_t *x) {
         return each([&](int i) {
