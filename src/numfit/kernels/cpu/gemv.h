@@ -7,6 +7,16 @@ namespace NF_ISA {
 
 constexpr int64_t kFewTokens = 8;
 
+// Ask for what will be read after `p` has been.
+template <int bytes> static inline __attribute__((always_inline)) void ask(const uint8_t *p, const Ahead &ahead) {
+    for (int at = 0; at < bytes; at += 64) prefetch_far(p + ahead.far + at);
+    if (ahead.again) {
+        for (int at = 0; at < bytes; at += 64) prefetch_far(p + ahead.again + at);
+    } else {
+        for (int at = 0; at < bytes; at += 64) prefetch(p + kNear + at);
+    }
+}
+
 // Results of 16 rows for one token, acc · row + bias → y; rows beyond the matrix left out.
 static inline void finish(const Layout &l, int64_t block, Floats acc, Floats row, float *y, const float *bias) {
     const int64_t first = block * kRows, there = l.n - first < kRows ? l.n - first : kRows;
@@ -101,7 +111,7 @@ static inline __attribute__((always_inline)) void dots(const typename T::Tables 
 template <class T, int tokens, int sub> static void block_of_rows(const typename T::Tables &tables, const MemberTables &members,
                                                                   const Layout &l, const Acts &a, int64_t block, const int64_t *token,
                                                                   Floats *acc) {
-    constexpr int line = 64, code_bytes = line * stored_vectors(T::codes);
+    constexpr int code_bytes = 64 * stored_vectors(T::codes);
     const uint8_t *code = l.codes_of(block), *quads = l.quads_of(block);
     const uint8_t *entry = l.meta_stream + block * l.metas() * l.meta_bytes;
     const Ahead ahead = l.ahead;
@@ -113,17 +123,12 @@ template <class T, int tokens, int sub> static void block_of_rows(const typename
         if (left == 0) {
             if (meta_bytes) {
                 load_meta<T::members, T::two, sub>(l, members, entry, meta);
-                for (int at = 0; at < meta_bytes; at += line) prefetch(entry + kNear + at);
+                for (int at = 0; at < meta_bytes; at += 64) prefetch(entry + kNear + at);
                 entry += meta_bytes;
             }
             left = l.tiles_per_block;
         }
-        for (int at = 0; at < code_bytes; at += line) prefetch_far(code + ahead.far + at);
-        if (ahead.again) {
-            for (int at = 0; at < code_bytes; at += line) prefetch_far(code + ahead.again + at);
-        } else {
-            for (int at = 0; at < code_bytes; at += line) prefetch(code + kNear + at);
-        }
+        ask<code_bytes>(code, ahead);
         dots<T, tokens, sub>(tables, l, meta, code, quads, a, t, token, acc);
         code += code_bytes;
         if constexpr (T::quad) {

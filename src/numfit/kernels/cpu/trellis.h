@@ -60,6 +60,7 @@ struct TrellisLevels {
 // 16 rows × 4 columns, the four columns of a row in one lane (layout.h). Short tiles are decoded, to 256 bytes each.
 struct TrellisLayout : TrellisLevels {
     int k, bits;
+    Ahead ahead = ahead_here();
     int64_t strips, tail;       // whole strips of four columns, columns of a last one
     int64_t whole, rest;        // whole rows of tiles, rows of a last one
     int64_t tile_bytes;         // 32 k

@@ -148,12 +148,7 @@ template <class D, class F> static inline void each_strip(const TrellisLayout &t
     const int64_t stop = row < t.whole ? (to < t.strips ? to : t.strips) : from;
     const uint8_t *p = t.stream + (row * t.strips + from) * t.tile_bytes;
     for (int64_t s = from; s < stop; s++, p += t.tile_bytes) {
-        prefetch_far(p + kFar);
-        prefetch(p + kNear);
-        if (t.k > 2) {
-            prefetch_far(p + kFar + 64);
-            prefetch(p + kNear + 64);
-        }
+        t.k > 2 ? ask<128>(p, t.ahead) : ask<64>(p, t.ahead);
         decoder.open(p);
         f(decoder, s);
     }
