@@ -5,7 +5,11 @@
 namespace nf {
 namespace NF_ISA {
 
+#if defined(__AMX_INT8__)
 constexpr int kRun = 16;       // tiles decoded at a time: 16 KB of int8
+#else
+constexpr int kRun = 8;        // … 8 KB, of which two take part at once
+#endif
 constexpr int kBlocks = 8;     // blocks of rows that take turns at a run, while its activations stay in the second cache level
 constexpr int kTogether = 4;   // of them, decoded at a time
 constexpr int64_t kSums = 512;  // tokens at a time
@@ -59,55 +63,82 @@ template <class T> static void decode_run(const typename T::Tables &tables, cons
 #include "gemm_amx.h"
 #else
 constexpr bool kBiasedRun = Vec::kBiased;
-constexpr int kStep = 4;  // tokens that share a load of weights
+// Tokens and blocks of rows that are multiplied at once, as registers allow: a load of activations serves all blocks (or both lanes),
+// one of weights all tokens.
+#if defined(__AVX512F__)
+constexpr int kStep = 6, kAtOnce = 2;
+#else
+constexpr int kStep = 4, kAtOnce = 1;
+#endif
 
 struct TileConfig {  // nothing to set up here
     explicit TileConfig(int) {}
     ~TileConfig() {}
 };
 
-// sums [kStep][16] + tokens [token, token + kStep) times the run that starts at tile `t0`
-template <class T, bool scaled, bool zero> static void multiply_step(const Layout &l, const Run<T> &run, int64_t t0, int count, const Acts &a,
-                                                                int64_t token, float (*sums)[16]) {
+// sums of `blocks` blocks of rows + tokens [token, token + kStep) times their runs, which start at tile `t0`; of these tokens `there`
+// are wanted.
+template <class T, bool scaled, bool zero, int blocks>
+static void multiply_step(const Layout &l, const Run<T> *run, int64_t t0, int count, const Acts &a, int64_t token, int64_t there,
+                          float (*const *sums)[16]) {
     const int per_group = T::count / l.sub;
     int64_t who[kStep];
-    Floats acc[kStep];
+    Floats acc[blocks][kStep];
     for (int i = 0; i < kStep; i++) {
-        who[i] = token + i < a.m ? token + i : a.m - 1;
-        acc[i] = Vec::load_floats(sums[i]);
+        who[i] = i < there ? token + i : token;
+        for (int b = 0; b < blocks; b++) acc[b][i] = i < there ? Vec::load_floats(sums[b][i]) : Vec::floats(0.0f);
     }
     for (int t = 0; t < count; t++) {
         const int8_t *x[kStep];
         for (int i = 0; i < kStep; i++) x[i] = a.codes + ((t0 + t) * a.m + who[i]) * l.tile;
         for (int s = 0; s < l.sub; s++) {
             const int64_t g = ((t0 + t) * l.sub + s) * a.m;
-            Ints p[kStep], p2[kStep];
-            for (int i = 0; i < kStep; i++) {
-                p[i] = Vec::kBiased ? Vec::all(a.start + g + who[i]) : Vec::ints(0);
-                if constexpr (T::two) p2[i] = p[i];
-            }
-            for (int j = s * per_group; j < (s + 1) * per_group; j++) {
-                const Bytes w = Vec::load(run.first[t][j]);
-                for (int i = 0; i < kStep; i++) p[i] = Vec::dot(p[i], w, x[i] + 4 * j);
-                if constexpr (T::two) {
-                    const Bytes w2 = Vec::load(run.second[t][j]);
-                    for (int i = 0; i < kStep; i++) p2[i] = Vec::dot(p2[i], w2, x[i] + 4 * j);
+            Ints p[blocks][kStep], p2[blocks][kStep];
+            for (int b = 0; b < blocks; b++) {
+                for (int i = 0; i < kStep; i++) {
+                    p[b][i] = Vec::kBiased ? Vec::all(a.start + g + who[i]) : Vec::ints(0);
+                    if constexpr (T::two) p2[b][i] = p[b][i];
                 }
             }
-            const Factors &f = run.group[t * l.sub + s];
-            for (int i = 0; i < kStep; i++) {
-                acc[i] = add_group<T>(f, scaled, zero, p[i], p2[i], a.scale[g + who[i]], a.sum[g + who[i]], acc[i]);
+            for (int j4 = s * per_group; j4 < (s + 1) * per_group; j4 += 4) {
+#pragma GCC unroll 4
+                for (int j = j4; j < j4 + 4; j++) {
+                    Bytes w[blocks], w2[blocks];
+                    for (int b = 0; b < blocks; b++) {
+                        w[b] = Vec::load(run[b].first[t][j]);
+                        if constexpr (T::two) w2[b] = Vec::load(run[b].second[t][j]);
+                    }
+                    for (int i = 0; i < kStep; i++) {
+                        for (int b = 0; b < blocks; b++) {
+                            p[b][i] = Vec::dot(p[b][i], w[b], x[i] + 4 * j);
+                            if constexpr (T::two) p2[b][i] = Vec::dot(p2[b][i], w2[b], x[i] + 4 * j);
+                        }
+                    }
+                }
+            }
+            for (int b = 0; b < blocks; b++) {
+                const Factors &f = run[b].group[t * l.sub + s];
+                for (int i = 0; i < kStep; i++) {
+                    acc[b][i] = add_group<T>(f, scaled, zero, p[b][i], p2[b][i], a.scale[g + who[i]], a.sum[g + who[i]], acc[b][i]);
+                }
             }
         }
     }
-    for (int i = 0; i < kStep; i++) Vec::store_floats(sums[i], acc[i]);
+    for (int b = 0; b < blocks; b++) {
+        for (int i = 0; i < kStep && i < there; i++) Vec::store_floats(sums[b][i], acc[b][i]);
+    }
 }
 
 // sums of `blocks` blocks of rows + tokens [first, first + tokens) times their runs, which start at tile `t0`
 template <class T, bool scaled, bool zero> static void multiply(const Layout &l, const Run<T> *run, int blocks, int64_t t0, int count,
                                                                 const Acts &a, int64_t first, int64_t tokens, float (*sums)[kSums][16]) {
-    for (int b = 0; b < blocks; b++) {
-        for (int64_t m = 0; m < tokens; m += kStep) multiply_step<T, scaled, zero>(l, run[b], t0, count, a, first + m, sums[b] + m);
+    constexpr int most = T::two ? 1 : kAtOnce;
+    for (int b = 0; b < blocks; b += most) {
+        const bool all = blocks - b >= most;
+        for (int64_t m = 0; m < tokens; m += kStep) {
+            float(*const at[2])[16] = {sums[b] + m, sums[b + all * (most - 1)] + m};
+            (all ? multiply_step<T, scaled, zero, most> : multiply_step<T, scaled, zero, 1>)(l, run + b, t0, count, a, first + m, tokens - m, at);
+        }
     }
 }
 #endif
