@@ -37,7 +37,7 @@ void *arena_alloc(int64_t bytes, bool *huge) {
 void arena_free(void *arena) { std::free(arena); }
 
 // Measured (docs/kernels.md). Zen 4 has to be asked earlier than a Xeon, and twice: a loop that for a moment runs faster than
-// memory fills the queue of misses, and what is asked for then is dropped.
+// memory seems to fill the queue of misses, and what is asked for then to be dropped.
 Ahead ahead_here() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
