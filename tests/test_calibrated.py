@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from plain_checkpoints import files_of
-from tiny_models import build, from_reference, logits, save_tokenizer, words
+from tiny_models import build, edit_config, from_reference, logits, rewrite, save_tokenizer, words
 from torch import Tensor, nn
 
 import numfit
@@ -20,7 +20,7 @@ from numfit.cli.main import main
 from numfit.errors import CheckpointError, NumfitError, OptionError
 from numfit.formats import format as named
 from numfit.formats import quantize_tensor
-from numfit.pipeline import costs, layers, quantize
+from numfit.pipeline import costs, layers, quantize, walk
 from numfit.pipeline.planning import make_plan
 from numfit.pipeline.recipe import PRESETS, Parts, read_recipe
 from numfit.runtime.modules import decode_model
@@ -247,12 +247,101 @@ def test_statistics_of_another_text_are_refused(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(OptionError, match="another model, text or windows"):
         quantize(source, "int4-g32", tmp_path / "three", calibration=words(400, 6), **options)
+    rewrite(source, lambda tensors: tensors["model.norm.weight"].add_(1))
+    with pytest.raises(OptionError, match="another model, text or windows"):
+        quantize(source, "int4-g32", tmp_path / "four", calibration=TEXT, **options)
+    (tmp_path / "stats" / "statistics.json").write_text('{"model":')
+    with pytest.raises(CheckpointError, match=r"statistics\.json' is damaged"):
+        quantize(source, "int4-g32", tmp_path / "five", calibration=TEXT, **options)
+
+
+def test_statistics_serve_runs_that_keep_other_tensors(tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model")
+    for out, options in {"one": {"skip": ["down_proj"]}, "two": {}}.items():
+        result = quantize(source, "int4-g32", tmp_path / out, calibration=TEXT, statistics=tmp_path / "s", **options, **QUICK)
+        assert not any("without statistics" in note for note in result["warnings"])
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model")
+    rewrite(source, lambda tensors: tensors.update({n: t[:90] for n, t in tensors.items() if "embed" in n or "head" in n}))
+    edit_config(source, lambda config: config.update(vocab_size=90))
+    with pytest.raises(CheckpointError, match="the model knows only 90 tokens"):
+        quantize(source, "int4-g32", tmp_path / "out", calibration=TEXT, **QUICK)
+
+
+@pytest.mark.parametrize("transform", ["smooth", "awq", "fold", "permute"])
+def test_transforms_reach_experts(transform: str, tmp_path: Path) -> None:
+    """In eight bits almost nothing but the rewrite changes, and that preserves the function."""
+    source = model_at(tmp_path / "model", "mixtral")
+    quantize(source, "int8-g32", tmp_path / "out", calibration=words(4000), transform=transform, **{**QUICK, "context": 100})
+    name = "model.layers.1.block_sparse_moe.experts.0.w2.weight"
+    w = open_source(source).read(name).float()
+    assert (decoded(tmp_path / "out")[name] - w).norm() > 0.05 * w.norm()
+    model, _ = numfit.load(tmp_path / "out", dtype="float32", activations="reference")
+    reference = logits(from_reference(source))
+    assert (logits(model) - reference).norm() < 0.05 * reference.norm()
+
+
+def test_transforms_leave_what_is_kept(tmp_path: Path) -> None:
+    source, plain = model_at(tmp_path / "model"), open_source(tmp_path / "model")
+    skip = ["down_proj", r"layers\.0\.", "self_attn.[qkv]_proj"]
+    quantize(source, "int4-g32", tmp_path / "out", calibration=TEXT, transform="smooth", skip=skip, **QUICK)
+    kept = open_checkpoint(tmp_path / "out").kept.__getitem__
+    for same in ("layers.1.mlp.down_proj", "layers.1.self_attn.q_proj", "layers.0.input_layernorm"):
+        assert torch.equal(kept(f"model.{same}.weight"), plain.read(f"model.{same}.weight"))
+    name = "model.layers.1.post_attention_layernorm.weight"
+    assert not torch.equal(kept(name), plain.read(name))
+
+
+def test_what_a_transform_leaves_must_be_finite_in_the_file(tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model")
+
+    def to_half(tensors: dict[str, Tensor]) -> None:
+        tensors["model.embed_tokens.weight"][:, 5] *= 1e-6  # an input so small that smoothing raises its gain
+        tensors["model.layers.0.input_layernorm.weight"][5] = 60000
+        tensors.update({name: tensor.half() for name, tensor in tensors.items()})
+
+    rewrite(source, to_half)
+    with pytest.raises(CheckpointError, match=r"layernorm\.weight' would hold NaN or Inf as F16"):
+        quantize(source, "int8-g32", tmp_path / "out", calibration=TEXT, transform="smooth", **QUICK)
+
+
+@pytest.mark.parametrize("how", ["signround", "progressive"])
+def test_learning_with_a_source_of_a_fused_parameter_kept(how: str, tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model", "mixtral")
+    options = {**QUICK, "context": 100, "calibration": words(4000), "reconstruct": how, "iterations": 2}
+    assert quantize(source, "int4-g32", tmp_path / "out", skip=[r"experts\.0"], **options)["status"] == "written"
+
+
+def test_learning_in_turn_is_beside_quantized_experts(tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model", "mixtral")
+    name, seen = "model.layers.0.block_sparse_moe.experts.0.w2.weight", []
+    original = layers.Walk._gather
+
+    def spy(self: Any, k: int, names: set[str], **options: Any) -> Any:
+        if k == 0 and options.get("quantized"):
+            expert = self.blocks.layers[0].get_parameter("mlp.experts.down_proj")[0]
+            seen.append(torch.equal(expert, open_source(source).read(name).float()))
+        return original(self, k, names, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers.Walk, "_gather", spy)
+        options = {**QUICK, "context": 100, "calibration": words(4000), "reconstruct": "progressive", "iterations": 1}
+        quantize(source, "int4-g32", tmp_path / "out", **options)
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("fmt", ["int4-g32", "trellis3+rot"])
+def test_learning_in_turn_with_hardly_any_text(fmt: str, tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model")
+    options = {**QUICK, "windows": 1, "context": 20, "calibration": TEXT, "reconstruct": "progressive", "iterations": 1}
+    result = quantize(source, fmt, tmp_path / "out", **options)
+    assert any("20 tokens were seen" in note for note in result["warnings"])
 
 
 def test_an_overflowing_model_is_refused(tmp_path: Path) -> None:
     source = model_at(tmp_path / "model")
-    from tiny_models import rewrite
-
     def overflow(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"].mul_(1e30)
         tensors["model.layers.0.mlp.gate_proj.weight"].mul_(1e30)
@@ -279,10 +368,22 @@ def test_an_overflowing_model_is_refused(tmp_path: Path) -> None:
         ({"calibration": TEXT, "gptaq": 2.0}, "--gptaq is a share"),
         ({"calibration": TEXT, "gptaq": 0.5, "solver": "nearest"}, "terms of the gptq step"),
         ({"calibration": TEXT, "reconstruct": "signround", "format": "trellis2+rot"}, "depend on each other"),
+        ({"calibration": TEXT, "scale_rule": "absmax", "solver": "gptq+refit"}, "'absmax' does not go with the step 'refit'"),
+        ({"calibration": TEXT, "scale_rule": "absmax", "reconstruct": "tune"}, "--scale-rule absmax does not go with"),
+        ({"calibration": TEXT, "ridge": 0.1, "format": "trellis2+rot"}, r"proj.weight': ridge \(0.1\) does not apply"),
+        ({"calibration": TEXT, "solver": "nearest+descent", "format": "trellis2+rot"}, "nearest.descent' does not apply"),
+        ({"statistics": "stats"}, "--statistics keeps what a text does"),
+        ({"calibration": TEXT, "statistics": "stats", "recipe": "extreme"}, "and so does the recipe extreme"),
+        ({"calibration": TEXT, "statistics": "stats", "gptaq": 0.2}, "takes those in the model quantized so far"),
+        ({"calibration": TEXT}, "longer than the 128 positions"),
+        ({"calibration": TEXT, "windows": 2.5}, "'windows' is a whole number, not 2.5"),
+        ({"calibration": TEXT, "importance": "no"}, "'importance' is true or false, not 'no'"),
+        ({"calibration": TEXT, "kind": "mixtral", "gptaq": 0.2}, "which may send it to different experts"),
+        ({"calibration": TEXT, "kind": "gpt-oss", "format": "nvfp4"}, r"experts\.\w+' holds experts, which are solved"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], sentence: str, tmp_path: Path) -> None:
-    source = model_at(tmp_path / "model")
+    source = model_at(tmp_path / "model", options.pop("kind", "llama"))
     fmt = options.pop("format", "int4-g32")
     with pytest.raises(NumfitError, match=sentence):
         quantize(source, fmt, tmp_path / "out", progress=False, **options)
@@ -300,6 +401,59 @@ def test_recipes_are_named_and_read(tmp_path: Path) -> None:
         read_recipe(path)
     path.write_text("format: int4-g32\nsolver: gptq\niterations: 7\n")
     assert read_recipe(path) == ({"format": "int4-g32", "rules": []}, Parts(solver="gptq", iterations=7))
+
+    path.write_text("format: int4-g32\nrules: down_proj=int8-g32\nskip: lm_head\ncalibration:\n")
+    assert read_recipe(path)[0] == {"format": "int4-g32", "rules": ["down_proj=int8-g32"], "skip": ["lm_head"]}
+    path.write_text("rules:\n- [down_proj, int8-g32]\nskip:\n")
+    assert read_recipe(path)[0] == {"rules": [("down_proj", "int8-g32")]}
+    for line in ("solver: 5", "windows: 8.5", "rules: 3", "rules: [[a, b, c]]", "skip: [3]", "format: 4", "importance: 'no'"):
+        path.write_text(line)
+        with pytest.raises(OptionError, match=line.partition(":")[0]):
+            read_recipe(path)
+
+
+def test_what_is_recorded_is_what_was_done() -> None:
+    """A recipe says of its own that the quantized stream was used, and no steps where nothing is learned."""
+    fmt = named("int4-g32")
+    assert Parts().settled(fmt).iterations == 0 and Parts(reconstruct="tune").settled(fmt).iterations == 150
+    for parts in (Parts(retarget=0.5), Parts(solver="gptq", gptaq=0.2), Parts(reconstruct="progressive")):
+        assert parts.settled(fmt).propagate == "quantized"
+    assert Parts(rescomp=0.2, propagate="quantized").needs_cross and not Parts(rescomp=0.2).needs_cross
+
+
+@pytest.mark.parametrize("fmt", ["int4-g32", "mxfp4"])
+def test_scale_rules_hold_with_a_text_too(fmt: str, tmp_path: Path) -> None:
+    source, name = model_at(tmp_path / "model"), "model.layers.1.mlp.down_proj.weight"
+    w, found = open_source(source).read(name).float(), {}
+    for solver in ("nearest", "gptq"):
+        quantize(source, fmt, tmp_path / solver, calibration=TEXT, solver=solver, scale_rule="absmax", **QUICK)
+        found[solver] = open_checkpoint(tmp_path / solver).quantized[name]
+    plain = quantize_tensor(w, named(fmt), scale_rule="absmax")
+    assert torch.equal(found["nearest"].dequantize(), plain.dequantize())
+    assert torch.equal(found["gptq"].planes["scale"], plain.planes["scale"])
+    assert not torch.equal(plain.dequantize(), quantize_tensor(w, named(fmt)).dequantize())
+
+
+def test_single_patterns_need_no_list(tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model")
+    plan = numfit.plan(source, "int4-g32", rules="down_proj=int8-g32", skip="lm_head", estimate=False)
+    assert plan.recipe["rules"] == [["down_proj", "int8-g32"]] and plan.recipe["skip"] == ["lm_head"]
+
+
+def test_another_text_than_the_recipes_is_told(tmp_path: Path) -> None:
+    source, recipe = model_at(tmp_path / "model"), tmp_path / "r.yaml"
+    recipe.write_text("format: int4-g32\ncalibration: text of sha256 0\n")
+    plan = numfit.plan(source, calibration=TEXT, recipe=recipe, estimate=False)
+    assert any("recorded with 'text of sha256 0'" in warning for warning in plan.warnings)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_layers(tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
+        patch.setattr(walk, "solve_layers", lambda *_: pytest.fail("the layers were solved"))
+        with pytest.raises(CheckpointError, match="no space left"):
+            quantize(source, "int4-g32", tmp_path / "out", calibration=TEXT, **QUICK)
 
 
 def test_layers_that_multiply_by_other_means_are_rounded_and_named(tmp_path: Path) -> None:
@@ -336,6 +490,15 @@ def test_plan_takes_the_options_of_a_run_and_says_what_each_part_takes(kind: str
     assert not (tmp_path / "model.partial").exists()
 
 
+@pytest.mark.usefixtures("three_runs_a_piece")
+@pytest.mark.parametrize("fmt", ["int4-g128", "int4-g64"])
+def test_plan_measures_whole_blocks(fmt: str, tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model")
+    options = {"calibration": TEXT, "rules": ["down_proj=" + fmt], "windows": 4, "context": 24}
+    found = numfit.plan(source, "int4-g32", **options).estimate
+    assert found is not None and found.parts["solving"] > 0
+
+
 def test_plan_counts_inputs_that_linears_share_once(tmp_path: Path) -> None:
     def inputs(kind: str) -> list[list[tuple[int, float, int]]]:
         source = open_source(tmp_path / kind)
@@ -351,8 +514,9 @@ def test_plan_counts_inputs_that_linears_share_once(tmp_path: Path) -> None:
         stats = tmp_path / f"{kind}-stats"
         source, out = model_at(tmp_path / kind, kind), tmp_path / "out" / kind
         quantize(source, "int4-g32", out, calibration=TEXT, statistics=stats, **QUICK)
-        found = layers.load_statistics(stats / "00000.safetensors").values()
-        recorded[kind] = sorted(len(s.mean) for s in {id(s): s for s in found}.values())
+        found = layers.load_statistics(stats / "00000.safetensors").items()
+        quantized = {id(s): s for (name, _), s in found if not name.endswith("mlp.gate.weight")}  # a router is kept
+        recorded[kind] = sorted(len(s.mean) for s in quantized.values())
     for kind, channels in recorded.items():
         first = inputs(kind)[0]
         assert sorted(k for k, _, n in first for _ in range(n)) == channels

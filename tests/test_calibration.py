@@ -198,3 +198,15 @@ def test_streams_survive_in_files(tmp_path: Path) -> None:
     stream.open(1, new=True).zero_()
     stream.drop_before(1)
     assert [path.name for path in tmp_path.iterdir()] == ["original-00001.f32"]
+
+
+def test_experts_without_tokens_share_nothing() -> None:
+    """Two empty inputs have the same address."""
+    layer = nn.ModuleDict({"a": nn.Linear(4, 2, bias=False), "b": nn.Linear(4, 2, bias=False)})
+    recorder = Recorder(layer, "m", {"m.a.weight", "m.b.weight"})
+    for count in (0, 3):
+        with recorder.watch():
+            layer["a"](torch.randn(count, 4)), layer["b"](torch.randn(count, 4))
+        recorder.take()
+    found = recorder.finish()
+    assert found["m.a.weight", None] is not found["m.b.weight", None] and found["m.b.weight", None].tokens == 3

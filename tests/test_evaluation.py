@@ -413,7 +413,7 @@ def test_bad_models_and_options(original: Path, tmp_path: Path) -> None:
     with pytest.raises(NumfitError, match="does not exist"):
         evaluate(original, tmp_path / "nowhere.txt")
     for options, says in (
-        ({"context": 65}, "65 is longer than the 64 positions"),
+        ({"context": 65}, "65 tokens is longer than the 64 positions"),
         ({"windows": 400}, "need 16000: pass --windows"),
         ({"dtype": "int8"}, "--dtype int8"),
         ({"threads": 0}, "--threads must be at least 1"),
@@ -500,6 +500,9 @@ def test_command(original: Path, disturbed: Path, tmp_path: Path, capsys: pytest
     assert "KL" not in capsys.readouterr().out
     with pytest.raises(OptionError, match="pass --reference"):
         call(*common, "--keep-reference", str(tmp_path / "kept2"))
+    for cache, sentence in ((["--kv", "nonsense"], "unknown cache 'nonsense'"), (["--kv-chunk", "0"], "at least 1 token")):
+        with pytest.raises(OptionError, match=sentence):  # before the reference is looked for
+            call(*common, "--reference", str(tmp_path / "nowhere"), *cache)
 
 
 def test_agreement_is_not_rounded_up() -> None:

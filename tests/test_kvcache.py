@@ -227,7 +227,9 @@ def test_names() -> None:
     assert stream("asym4-g128/channel").window == 128 and stream("mant4-paper3/channel").window == 64
     long = "tq3+hadamard+seed7+plain"
     assert stream(long) == Stream(long, LloydMax(8, "plain"), rotation="hadamard", seed=7)
-    bad_types = ("asym9-g64", "", "nf4/token", "tq3+nothing", "asym4-g64+plain", "dynfp4", "ant4")
+    bad_types = (
+        "asym9-g64", "", "nf4/token", "tq3+nothing", "asym4-g64+plain", "dynfp4", "ant4", "trellis3", "ternary-g0", "sign-g0",
+    )  # fmt: skip
     for bad in ("kv5", *(f"tq3,{name}" for name in bad_types)):
         with pytest.raises(OptionError):
             preset(bad)

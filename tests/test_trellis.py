@@ -33,7 +33,7 @@ from numfit.formats.trellis_viterbi import EXHAUSTIVE, UNIT, circle_states, cost
 from numfit.kernels import PackedLinear, embedding, linear
 from numfit.kernels.trellis import repack
 from numfit.kernels.trellis import unpack as unpack_kernel
-from numfit.solvers import solve
+from numfit.solvers import SolverOptions, solve
 from numfit.solvers.trellis import solve_trellis
 
 SHAPES = ((64, 4), (128, 64), (192, 200), (70, 9), (1, 1), (3, 7), (64, 66), (130, 130), (1, 6), (5, 1))
@@ -493,6 +493,14 @@ def test_the_solver_room_knows_it():
     assert float(((w - again) @ h * (w - again)).sum()) == pytest.approx(swept.loss, rel=1e-3)
     with pytest.raises(OptionError, match="second moment"):
         solve(w, None, fmt, "gptq")
+    moved = solve(w, h, fmt, SolverOptions.parse("gptq", beta=1.0), cross=0.3 * h)
+    assert not torch.equal(moved.codes, swept.codes)
+    for numbers in ({"order": "act"}, {"ridge": 0.1}, {"importance": False}, {"gptaq": 0.2}, {"rescomp": 0.2}):
+        with pytest.raises(OptionError, match=f"{next(iter(numbers))} .* does not apply to trellis3-t8"):
+            solve(w, h, fmt, SolverOptions.parse("gptq", **numbers), cross=h)
+    for chain in ("nearest+descent", "gptq+refit"):
+        with pytest.raises(OptionError, match="does not apply to trellis3-t8"):
+            solve(w, h, fmt, chain)
 
 
 @needs_native

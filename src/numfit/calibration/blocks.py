@@ -74,13 +74,13 @@ class Blocks:
         """Give layer k's parameters the values of `tensors` (by the source's names; all that `sources_of` names)."""
         self._install(self.targets_of(k), tensors)
 
-    def parameters(self, k: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name within layer k → value, of those parameters that are made of `tensors` alone."""
-        start = len(self.prefixes[k]) + 1
+    def parameters(self, k: int, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name within layer k → value, of those parameters that `tensors` are part of; `base`: what else they are made of."""
+        start, merged = len(self.prefixes[k]) + 1, {**base, **tensors}
         return {
-            target.name[start:]: assemble(target, tensors).to(self.device)
+            target.name[start:]: assemble(target, merged).to(self.device)
             for target in self.targets_of(k)
-            if all(run.source in tensors for run in target.runs)
+            if any(run.source in tensors for run in target.runs)
         }
 
     def release(self, k: int) -> None:

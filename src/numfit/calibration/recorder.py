@@ -87,6 +87,8 @@ class Recorder:
         first: dict[tuple[int, int], Key] = {}  # address and size of an input → the first linear that got it
         places: dict[Key, tuple[int, int]] = {}  # by leader
         for key, x in self.inputs.items():
+            if not x.numel():  # of an expert that no token was sent to; all such have the same address
+                continue
             place = (x.data_ptr(), x.numel())
             leader = self.group.setdefault(key, first.setdefault(place, key))
             if leader in places:

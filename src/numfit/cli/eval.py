@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     from numfit.errors import OptionError
     from numfit.evaluation import Reference, evaluate
+    from numfit.evaluation.measure import check_cache
     from numfit.evaluation.reference import check_directory
     from numfit.text import read_text
     from numfit.threads import cpu_threads
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         "batch": args.batch,
     }  # fmt: skip
     cache = {"kv": args.kv, "kv_chunk": args.kv_chunk}
+    check_cache(**cache)
     check_directory(args.model)
     with cpu_threads(args.threads):
         if args.reference is None:

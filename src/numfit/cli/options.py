@@ -47,7 +47,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--solver", metavar="STEPS",
-        help="nearest or gptq, then '+alternate', '+refit', '+blocks', '+descent'; or best",
+        help="nearest or gptq, then '+alternate', '+refit', '+blocks', '+descent', '+pot' (powers of two); or best",
     )  # fmt: skip
     group.add_argument("--order", metavar="ORDER", help="of gptq's columns: static (default), none, act, group")
     group.add_argument("--damp", type=float, metavar="X", help="gptq's damping, of H's mean diagonal (default 0.01)")

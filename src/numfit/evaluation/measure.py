@@ -80,10 +80,7 @@ def evaluate(
     dtype_name(dtype)
     if batch < 1:
         raise OptionError(f"batch {batch}: at least 1 window a forward pass is needed")
-    if kv_chunk < 1:
-        raise OptionError(f"--kv-chunk must be at least 1 token, not {kv_chunk}")
-    if kv is not None:
-        preset(kv)  # an unknown name is noticed before anything is loaded
+    check_cache(kv, kv_chunk)  # noticed before anything is loaded
     how = (batch, progress, activations, kv, kv_chunk)
     if not isinstance(reference, Reference):
         windows, context = 8 if windows is None else windows, 1024 if context is None else context
@@ -107,6 +104,18 @@ def evaluate(
         )
     with cpu_threads(threads):
         return _evaluate(model_dir, content, reference, n, length, dtype, device, *how)
+
+
+def check_cache(kv: str | None, kv_chunk: int) -> None:
+    """Refuse what names no cache, or no tokens a pass.
+
+    Raises:
+        OptionError: saying what can be.
+    """
+    if kv_chunk < 1:
+        raise OptionError(f"--kv-chunk must be at least 1 token, not {kv_chunk}")
+    if kv is not None:
+        preset(kv)
 
 
 def evaluate_many(

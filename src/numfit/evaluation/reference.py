@@ -29,7 +29,7 @@ from numfit.evaluation.forward import layer_noise
 from numfit.evaluation.metrics import divergence, summarize_divergence, summarize_losses
 from numfit.evaluation.scoring import dtype_name, score, scored_bytes
 from numfit.structure.modules import decoder_layers
-from numfit.text import bos_token, read_text, token_windows
+from numfit.text import bos_token, check_windows, read_text, token_windows
 
 METRICS_VERSION = 1  # of what is stored and how it was computed; a kept reference of another version is not used
 _DATA, _DESCRIPTION = "logprobs.f32", "reference.json"
@@ -77,16 +77,9 @@ def model_windows(model: Any, tokenizer: Any, text: str, windows: int, context: 
         CheckpointError: the tokenizer is another model's.
     """
     config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and context > longest:
-        raise OptionError(f"--context {context} is longer than the {longest} positions of the model: pass at most that")
     bos = bos_token(tokenizer, getattr(config, "model_type", ""))
     ids = token_windows(tokenizer, text, windows, context, bos)
-    if (largest := int(ids.max())) >= config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer gives token id {largest}, but the model knows only {config.vocab_size} tokens: "
-            "the tokenizer files belong to another model"
-        )
+    check_windows(ids, config)
     return ids, bos is not None
 
 

@@ -80,6 +80,8 @@ def stream(name: str) -> Stream:
     """
     body, *parts = name.strip().lower().split("+")
     kind, _, axis = body.partition("/")
+    if re.search(r"-g0*$", kind):
+        raise OptionError(f"'{name}': groups hold at least 1 value; {_GRAMMAR}")
     if axis not in ("", "channel"):
         raise OptionError(f"'{name}': rows run along a token, or '/channel', not '/{axis}'; {_GRAMMAR}")
     coder, rotation, group = _coder(kind, name)

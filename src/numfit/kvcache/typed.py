@@ -43,6 +43,11 @@ class Typed:
     rule: str = "mse"
 
     def __post_init__(self) -> None:
+        if self.format.trellis is not None:
+            raise OptionError(
+                f"{self.format.name} is a trellis code, whose search takes too long for a cache and which packs tiles of "
+                "several rows; use a type such as mant4-g64 or nf4-g64"
+            )
         if self.format.learned:
             raise OptionError(
                 f"{self.format.name} learns a table of levels for each row, which in a cache every token would carry; "

@@ -32,7 +32,7 @@ from numfit.pipeline.results import Calibration
 from numfit.reconstruction import fast_bf16
 from numfit.solvers.linalg import cholesky_inverse_upper
 from numfit.structure import Decoder, decoder_map
-from numfit.text import calibration_windows
+from numfit.text import calibration_windows, check_windows
 
 GROUPS = 4  # of linears that share an input: q k v; o; gate up; down
 COLUMNS, ROWS = 512, 256  # of the pieces that are solved
@@ -100,6 +100,7 @@ def calibrated(source: Source, plan: Plan, task: Calibration) -> Costs:
     windows, _ = calibration_windows(
         blocks.tokenizer, task.text, parts.windows, parts.context, str(plan.config.get("model_type", ""))
     )
+    check_windows(windows, blocks.model.config.get_text_config())
     prepared = time.perf_counter() - started
     count, context = windows.shape
     config = blocks.model.config.get_text_config()
@@ -238,7 +239,7 @@ def _solving(source: Source, plan: Plan, layers: list[Layer], parts: Parts) -> t
     for fmt in dict.fromkeys(tensor.format for tensor in everything):
         assert fmt is not None
         mine = [tensor for tensor in everything if tensor.format == fmt]
-        cost, factor, learned = _solve_rates(source.read(mine[0].name), fmt, parts)
+        cost, factor, learned = _solve_rates(source.read(mine[0].name), fmt, parts, plan.recipe["scale_rule"])
         for tensor in mine:
             k, matrices = tensor.shape[-1], tensor.shape[0] if len(tensor.shape) == 3 else 1
             solving += tensor.weights * (cost[0] + cost[1] * k) + matrices * factor * k**3
@@ -246,19 +247,22 @@ def _solving(source: Source, plan: Plan, layers: list[Layer], parts: Parts) -> t
     return solving, updates
 
 
-def _solve_rates(weight: Tensor, fmt: Format, parts: Parts) -> tuple[tuple[float, float], float, float]:
+def _solve_rates(weight: Tensor, fmt: Format, parts: Parts, rule: str) -> tuple[tuple[float, float], float, float]:
     """((a, b), c, d) of the module's docstring, measured on a corner of a weight with inputs drawn at random."""
-    flat = weight.reshape(-1, weight.shape[-1])[: max(ROWS, 64 * torch.get_num_threads()), :COLUMNS].float()
+    block = fmt.block if isinstance(fmt.block, int) else 1  # pieces hold whole ones
+    columns = max(COLUMNS // block, 1) * block
+    flat = weight.reshape(-1, weight.shape[-1])[: max(ROWS, 64 * torch.get_num_threads()), :columns].float()
     n, k = flat.shape
+    narrow = k // 2 // block * block if k >= 128 else 0
     x = torch.randn(2 * k, k, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 0.1, k)
     plain = replace(parts, reconstruct="none")
-    factored = fmt.trellis is not None or "gptq" in solver_options(fmt, parts).steps
+    factored = fmt.trellis is not None or "gptq" in solver_options(fmt, parts, rule).steps
 
     def solved(columns: int) -> Solved:
         h = 2 / len(x) * x[:, :columns].T @ x[:, :columns]
         zero = torch.zeros(columns)
         known = Statistics(len(x), h, zero, zero, zero, zero, torch.zeros_like(h) if parts.needs_cross else None)
-        return solve_linear("a piece", flat[:, :columns], [known], fmt, plain)
+        return solve_linear("a piece", flat[:, :columns], [known], fmt, plain, rule)
 
     def factor(columns: int) -> float:
         return _fastest(lambda: cholesky_inverse_upper(torch.eye(columns), parts.damp or 0.01)) if factored else 0.0
@@ -267,8 +271,8 @@ def _solve_rates(weight: Tensor, fmt: Format, parts: Parts) -> tuple[tuple[float
         spent = _fastest(lambda: finish(solved(columns)).dequantize())
         return max(0.2 * spent, spent - factor(columns)) / (n * columns)
 
-    whole, half = seconds(k), seconds(k // 2) if k >= 128 else 0.0
-    b = max(0.0, (whole - half) / (k - k // 2)) if half else 0.0
+    whole, half = seconds(k), seconds(narrow) if narrow else 0.0
+    b = max(0.0, (whole - half) / (k - narrow)) if half else 0.0
     learned = _learning(solved(k), parts) / flat.numel() if parts.reconstruct != "none" else 0.0
     return (whole - b * k, b), factor(k) / k**3, learned
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from numfit.pipeline.progress import Progress
 from numfit.pipeline.results import Calibration, Results
 from numfit.pipeline.rewrite import rewrite_layer
 from numfit.structure import decoder_map
-from numfit.text import calibration_windows
+from numfit.text import calibration_windows, check_windows
 
 
 class Walk:
@@ -43,6 +44,7 @@ class Walk:
     def __init__(self, source: Source, plan: Plan, task: Calibration, partial: Path, shown: bool) -> None:
         parts = task.parts
         self.source, self.plan, self.parts, self.shown = source, plan, parts, shown
+        self.rule = plan.recipe["scale_rule"]
         self.directory = partial / LAYERS
         self.directory.mkdir(exist_ok=True)
         self.results = Results(self.directory)
@@ -50,6 +52,7 @@ class Walk:
         self.windows, self.notes = calibration_windows(
             self.blocks.tokenizer, task.text, parts.windows, parts.context, str(plan.config.get("model_type", ""))
         )
+        check_windows(self.windows, self.blocks.model.config.get_text_config())
         self.statistics = task.statistics
         self.planned = {tensor.name: tensor for tensor in plan.tensors}
         self.decoder = decoder_map(source.names(), plan.config) if parts.transform != "none" else None
@@ -128,9 +131,10 @@ class Walk:
             statistics = self._statistics(k, names, last)
         notes: list[str] = []
         rewritten: dict[str, Tensor] = {}
-        if self.parts.transform != "none":
+        if self.parts.transform != "none" and mine:
             with timed("solving"):
-                rewritten = self._transform(k, tensors, statistics)
+                rewritten = self._transform(k, tensors, names, statistics)
+            rewritten = {name: self._as_stored(name, tensor) for name, tensor in rewritten.items()}
             tensors |= rewritten
             blocks.install(k, tensors)
             with timed("statistics"):
@@ -143,7 +147,7 @@ class Walk:
                 solved = self._solve(k, mine, tensors, statistics, notes)
             if self.parts.reconstruct != "none":
                 with timed("learning"):
-                    solved = learn(self._runner(k), solved, *self._inputs_and_targets(k), self.parts)
+                    solved = learn(self._runner(k, tensors), solved, *self._inputs_and_targets(k), self.parts)
         planes: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         effective: dict[str, Tensor] = {}
@@ -156,7 +160,8 @@ class Walk:
             notes += item.notes
             bias = item.name.removesuffix("weight") + "bias"
             if self.parts.bias_correction and bias in tensors and item.mean is not None:
-                tensors[bias] = rewritten[bias] = tensors[bias] + bias_shift(tensors[item.name] - weight, item.mean)
+                shifted = tensors[bias] + bias_shift(tensors[item.name] - weight, item.mean)
+                tensors[bias] = rewritten[bias] = self._as_stored(bias, shifted)
         kept = {name: self.planned[name] for name in rewritten if self.planned[name].format is None}
         planes |= {name: rewritten[name].to(DTYPES[tensor.dtype]) for name, tensor in kept.items()}
         seals = {}
@@ -182,13 +187,13 @@ class Walk:
         """Statistics of layer k's linears; the original stream moves on to layer k+1 by the way."""
         parts = self.parts
         move_on = not last or parts.reconstruct != "none"
-        if parts.propagate == "quantized" or parts.needs_cross or self.statistics is None:
+        if self.statistics is None:
             return self._gather(k, names, move_on=move_on)
         if kept := self._kept(k):
             if move_on and self.streams:
                 self._forward(k, self.original)
             return load_statistics(kept)
-        found = self._gather(k, names, move_on=move_on)
+        found = self._gather(k, set(self.blocks.sources_of(k)), move_on=move_on)  # another run may keep other tensors
         save_statistics(self.statistics / f"{k:05d}.safetensors", found)
         return found
 
@@ -226,12 +231,30 @@ class Walk:
                 recorder.take()
         return recorder.finish()
 
-    def _transform(self, k: int, tensors: dict[str, Tensor], statistics: Mapping[Key, Statistics]) -> dict[str, Tensor]:
-        """The tensors of layer k that the recipe's rewrites change."""
+    def _transform(
+        self, k: int, tensors: dict[str, Tensor], names: set[str], statistics: Mapping[Key, Statistics]
+    ) -> dict[str, Tensor]:
+        """The tensors of layer k that the recipe's rewrites change; `names`: of those that are quantized."""
         assert self.decoder is not None
-        by_module = {name.removesuffix(".weight"): stats for (name, expert), stats in statistics.items() if expert is None}
-        fmt = next(f for name in tensors if (f := self.planned[name].format) is not None)
-        return rewrite_layer(self.parts.transform, self.decoder, k, tensors, by_module, fmt)
+        places = {name: keys[0] for name, keys in _places(self.blocks, k).items() if name in names and len(keys) == 1}
+        known = {name.removesuffix(".weight"): statistics[key] for name, key in places.items() if key in statistics}
+        quantized = {name.removesuffix(".weight"): f for name in tensors if (f := self.planned[name].format) is not None}
+        return rewrite_layer(self.parts.transform, self.decoder, k, tensors, known, quantized, self.rule)
+
+    def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A changed tensor with the values that the checkpoint will hold, where it is not quantized.
+
+        Raises:
+            CheckpointError: they are not finite.
+        """
+        if self.planned[name].format is None:
+            tensor = tensor.to(DTYPES[self.planned[name].dtype]).float()
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"tensor '{name}' would hold NaN or Inf as {self.planned[name].dtype} after the transform or bias correction; "
+                "leave that out, or convert the model to BF16 or F32 first"
+            )
+        return tensor
 
     def _solve(
         self, k: int, mine: list[PlannedTensor], tensors: Mapping[str, Tensor], statistics: Mapping[Key, Statistics],
@@ -250,14 +273,14 @@ class Walk:
                 expert = any(key[1] is not None for key, _ in rows)
                 why = f"one of its experts saw {seen} tokens" if expert else f"{seen} tokens were seen to reach it"
                 notes.append(f"'{tensor.name}' was rounded without statistics: {why}, {FEW} are needed")
-                solved.append(round_only(tensor.name, w, tensor.format))
+                solved.append(round_only(tensor.name, w, tensor.format, self.rule))
                 continue
-            solved.append(solve_linear(tensor.name, w, known, tensor.format, self.parts))
+            solved.append(solve_linear(tensor.name, w, known, tensor.format, self.parts, self.rule))
         return solved
 
-    def _runner(self, k: int) -> Run:
-        """Layer k with other weights, by the source's names."""
-        return lambda weights, hidden: self.blocks.run_with(k, self.blocks.parameters(k, weights), hidden)
+    def _runner(self, k: int, base: Mapping[str, Tensor]) -> Run:
+        """Layer k with other weights, by the source's names; `base`: what it has."""
+        return lambda weights, hidden: self.blocks.run_with(k, self.blocks.parameters(k, weights, base), hidden)
 
     def _inputs_and_targets(self, k: int) -> tuple[Tensor, Tensor]:
         assert self.quantized is not None
@@ -272,14 +295,14 @@ class Walk:
         home = {places[name][0]: name for name in planned if len(places.get(name, [])) == 1 and places[name][0][1] is None}
         groups: dict[int, list[str]] = {}
         for key, stats in statistics.items():  # in the order in which the layer applies them
-            if key in home:
+            if key in home and stats.tokens >= FEW:
                 groups.setdefault(id(stats), []).append(home[key])
         named = [name for group in groups.values() for name in group]
         alone = self._solve(k, [tensor for tensor in mine if tensor.name not in named], tensors, statistics, notes)
-        self.blocks.install(k, {**tensors, **{item.name: finish(item).dequantize() for item in alone}})
+        base = {**tensors, **{item.name: finish(item).dequantize() for item in alone}}
 
         def solve(group: Sequence[str], current: Mapping[str, Tensor]) -> list[Solved]:
-            self.blocks.install(k, {**tensors, **current})
+            self.blocks.install(k, {**base, **current})
             seen = self._gather(k, set(group), quantized=True)
             return self._solve(k, [planned[name] for name in group], current, seen, notes)
 
@@ -289,7 +312,7 @@ class Walk:
         fmt = planned[named[0]].format
         assert fmt is not None
         learned = learn_in_turn(
-            self._runner(k), list(groups.values()), weights, solve, *self._inputs_and_targets(k), self.parts, fmt.bits
+            self._runner(k, base), list(groups.values()), weights, solve, *self._inputs_and_targets(k), self.parts, fmt.bits
         )
         return [*alone, *learned]
 
@@ -298,22 +321,25 @@ def _claim(directory: Path, source: Source, text: str, windows: Tensor) -> None:
     """Make sure that a directory of kept statistics is of this model and these windows.
 
     Raises:
-        OptionError: it is of others.
+        OptionError: it is of others. CheckpointError: it is damaged.
     """
-    shapes = {name: list(source.info(name).shape) for name in source.names()}
     mine = {
-        "model": hashlib.sha256(canonical_json({"config": source.config(), "shapes": shapes})).hexdigest(),
+        "model": hashlib.sha256(canonical_json({"config": source.config(), **source.fingerprint()})).hexdigest(),
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "text": text,
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "statistics.json"
-    if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != mine:
-            raise OptionError(
-                f"--statistics '{directory}' holds those of another model, text or windows; pass another directory"
-            )
-    else:
-        path.write_bytes(canonical_json(mine))
+    if not path.is_file():
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(canonical_json(mine))
+        os.replace(part, path)
+        return
+    try:
+        said = json.loads(path.read_bytes())
+    except ValueError:
+        raise CheckpointError(f"'{path}' is damaged; delete that directory, or pass another one to --statistics") from None
+    if said != mine:
+        raise OptionError(f"--statistics '{directory}' holds those of another model, text or windows; pass another directory")
 
 
 def _places(blocks: Blocks, k: int) -> dict[str, list[Key]]:

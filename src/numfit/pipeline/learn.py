@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from numfit.errors import OptionError
 from numfit.formats import Format, Grid
 from numfit.formats.rotation import unrotate
 from numfit.formats.trellis import LEVEL
@@ -31,12 +30,6 @@ def learn(run: Run, solved: Sequence[Solved], inputs: Tensor, targets: Tensor, p
     Args:
         inputs: hidden states of the model quantized so far [n, T, C]. targets: of the original model, behind the layer.
     """
-    trellis = next((item.format.name for item in solved if item.format.trellis is not None), None)
-    if trellis and parts.reconstruct in ("signround", "adaround"):
-        raise OptionError(
-            f"--reconstruct {parts.reconstruct} moves codes one by one, and those of {trellis} depend on each other; "
-            "tune and progressive work with every format"
-        )
     states = {item.name: state(item) for item in solved if item.packed is None}
     fixed = {item.name: item.packed.dequantize() for item in solved if item.packed is not None}
     if not states:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from numfit.calibration import Statistics
 from numfit.corrections import low_rank, outliers
-from numfit.errors import FormatError
+from numfit.errors import FormatError, OptionError
 from numfit.formats import Format, Params, QuantizedTensor, decode, pack, quantize_tensor
 from numfit.formats.rotation import rotate
+from numfit.pipeline.planning import rule_for
 from numfit.pipeline.recipe import Parts
 from numfit.solvers import SolverOptions, solve
 
@@ -45,22 +46,25 @@ class Solved:
     notes: tuple[str, ...] = ()
 
 
-def round_only(name: str, w: Tensor, fmt: Format) -> Solved:
+def round_only(name: str, w: Tensor, fmt: Format, rule: str) -> Solved:
     """What can be done without statistics."""
     try:
-        packed = quantize_tensor(w, fmt)
+        packed = quantize_tensor(w, fmt, scale_rule=rule_for(fmt, rule))
     except FormatError as error:
         raise FormatError(f"tensor '{name}': {error}") from None
     empty = torch.empty(0)
     return Solved(name, tuple(w.shape), fmt, empty, None, empty, Params(empty), packed=packed)
 
 
-def solve_linear(name: str, w: Tensor, statistics: Sequence[Statistics], fmt: Format, parts: Parts) -> Solved:
+def solve_linear(
+    name: str, w: Tensor, statistics: Sequence[Statistics], fmt: Format, parts: Parts, rule: str = "mse"
+) -> Solved:
     """Find the codes of a weight.
 
     Args:
         w: [N, K], or [E, N, K]; fp32.
         statistics: one of the inputs, or one for each expert.
+        rule: the run's scale rule.
 
     Raises:
         FormatError: the format cannot hold the weight; names the tensor.
@@ -68,7 +72,8 @@ def solve_linear(name: str, w: Tensor, statistics: Sequence[Statistics], fmt: Fo
     shape, flat = tuple(w.shape), w.reshape(-1, w.shape[-1])
     rows = len(flat) // len(statistics)
     parts_of = [
-        _solve_matrix(name, flat[i * rows : (i + 1) * rows], stats, fmt, parts) for i, stats in enumerate(statistics)
+        _solve_matrix(name, flat[i * rows : (i + 1) * rows], stats, fmt, parts, rule)
+        for i, stats in enumerate(statistics)
     ]
     if len(parts_of) == 1:
         return replace(parts_of[0], shape=shape)
@@ -85,16 +90,16 @@ def solve_linear(name: str, w: Tensor, statistics: Sequence[Statistics], fmt: Fo
     )  # fmt: skip
 
 
-def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: Parts) -> Solved:
+def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: Parts, rule: str) -> Solved:
     h, cross, rotation = stats.h, stats.cross, fmt.side.rotation
     if rotation is not None:
         w, h = rotate(w, rotation), _rotate_both(h, rotation)
         cross = None if cross is None else _rotate_both(cross, rotation)
-    options = solver_options(fmt, parts)
+    options = solver_options(fmt, parts, rule)
     try:
         found = solve(w, h, fmt.base, options, cross=cross)
-    except FormatError as error:
-        raise FormatError(f"tensor '{name}': {error}") from None
+    except (FormatError, OptionError) as error:
+        raise type(error)(f"tensor '{name}': {error}") from None
     notes = tuple(f"'{name}': {note}" for note in found.notes)
     return Solved(name, tuple(w.shape), fmt, w, h, found.codes, found.params, stats.mean, notes=notes)
 
@@ -107,16 +112,22 @@ def best_chain(fmt: Format) -> str:
     return "gptq+blocks+descent+refit" if isinstance(fmt.block, int) else "gptq+alternate+descent"
 
 
-def solver_options(fmt: Format, parts: Parts) -> SolverOptions:
-    """What a recipe asks of the solver for a format.
+def solver_options(fmt: Format, parts: Parts, rule: str = "mse") -> SolverOptions:
+    """What a recipe asks of the solver for a format; `rule`: the run's scale rule.
 
     Raises:
         OptionError: an unknown step, or one that does not apply to the format.
     """
+    rule = rule_for(fmt, rule)
+    if rule != "mse" and parts.reconstruct != "none":
+        raise OptionError(
+            f"--scale-rule {rule} does not go with --reconstruct {parts.reconstruct}, which learns the scales; leave one "
+            "of them out"
+        )
     chain = best_chain(fmt) if parts.solver == "best" else parts.solver
     options = SolverOptions.parse(
         chain, order=parts.order, damp=parts.damp, ridge=parts.ridge, importance=parts.importance, beta=parts.retarget,
-        gptaq=parts.gptaq, rescomp=parts.rescomp,
+        gptaq=parts.gptaq, rescomp=parts.rescomp, scale_rule=rule,
     )  # fmt: skip
     options.check(fmt.base)
     return options

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from numfit.checkpoint.source import Source, open_source
+from numfit.errors import OptionError
 from numfit.formats import Format
 from numfit.pipeline.choice import plan_for
 from numfit.pipeline.estimate import measure
 from numfit.pipeline.linear import solver_options
 from numfit.pipeline.options import as_format
-from numfit.pipeline.planning import Plan
-from numfit.pipeline.recipe import choose
+from numfit.pipeline.planning import Plan, PlannedTensor
+from numfit.pipeline.recipe import Parts, choose
 from numfit.pipeline.results import Calibration, read_calibration
 from numfit.threads import cpu_threads
 
@@ -40,18 +42,62 @@ def prepare(
     """
     options, chosen = choose(recipe, parts, calibration is not None)
     options |= {key: value for key, value in given.items() if value is not None}
-    format = format or options.pop("format", None)
+    options |= {key: [options[key]] for key in ("rules", "skip") if isinstance(options.get(key), str)}
+    format = format or options.get("format")
+    recorded = options.pop("calibration", None)
     options.pop("format", None)
     source = open_source(model)
     plan = plan_for(source, format, bits, str(recipe) if recipe else None, calibration is not None, **options)
     if chosen is None:
+        if statistics:
+            raise OptionError("--statistics keeps what a text does to the inputs of linears: pass one with --calibration FILE")
         return source, plan, None
     assert calibration is not None
     settled = chosen.settled(as_format(plan.recipe["format"]))
-    for fmt in {tensor.format for tensor in plan.quantized if tensor.format and tensor.role in ("linear", "experts")}:
-        solver_options(fmt, settled)  # what cannot be shall be said before anything is read
+    if statistics and settled.propagate == "quantized":
+        raise OptionError(
+            "--statistics keeps inputs in the original model, and this recipe takes those in the model quantized so far "
+            "(propagate quantized, retarget, gptaq and progressive reconstruction do, and so does the recipe extreme): "
+            "leave it out"
+        )
+    expert = next((t.name for t in plan.quantized if "experts" in (t.role, *t.name.split("."))), None)
+    if settled.needs_cross and expert:
+        raise OptionError(
+            "--retarget, --gptaq and --rescomp compare each token's input in two streams, which may send it to different "
+            f"experts ('{expert}'); leave them out for models with experts"
+        )
+    for tensor in plan.quantized:  # what cannot be shall be said before anything is read
+        if tensor.format and tensor.role in ("linear", "experts"):
+            check_solvable(tensor, settled, plan.recipe["scale_rule"])
     task = Calibration(settled, read_calibration(calibration), Path(statistics) if statistics else None)
-    return source, replace(plan, recipe={**plan.recipe, **task.recipe}), task
+    warnings = plan.warnings
+    if recorded not in (None, task.recipe["calibration"]):
+        now = task.recipe["calibration"]
+        warnings += (f"the recipe was recorded with '{recorded}' and this is '{now}': the result will not be the same",)
+    return source, replace(plan, recipe={**plan.recipe, **task.recipe}, warnings=warnings), task
+
+
+def check_solvable(tensor: PlannedTensor, parts: Parts, rule: str) -> None:
+    """Refuse what the calibrated walk cannot do to a tensor that is to be quantized.
+
+    Raises:
+        OptionError: naming the tensor.
+    """
+    assert tensor.format is not None
+    try:
+        solver_options(tensor.format, parts, rule)
+    except OptionError as error:
+        raise OptionError(f"tensor '{tensor.name}': {error}") from None
+    if tensor.format.trellis is not None and parts.reconstruct in ("signround", "adaround"):
+        raise OptionError(
+            f"--reconstruct {parts.reconstruct} moves codes one by one, and those of {tensor.format.name} depend on each "
+            "other; tune and progressive work with every format"
+        )
+    if len(tensor.shape) == 3 and tensor.format.parent_span == "tensor":
+        raise OptionError(
+            f"'{tensor.name}' holds experts, which are solved one by one, and {tensor.format.name} chooses something for a "
+            f"whole tensor; give it another format (--rule '{re.escape(tensor.name)}=FORMAT'), or leave --calibration out"
+        )
 
 
 def plan(

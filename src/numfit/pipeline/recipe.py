@@ -17,6 +17,7 @@ from numfit.formats import Format
 RECIPE = "recipe.yaml"
 TRANSFORMS = ("none", "smooth", "awq", "osplus", "permute", "fold")
 RECONSTRUCTIONS = ("none", "auto", "signround", "adaround", "tune", "progressive")
+_KINDS: dict[type, str] = {str: "a word", float: "a number", int: "a whole number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Parts:
         reconstruct: what is learned of each layer as a whole: none, signround or adaround (codes and scales), tune (scales), or
             progressive (weights that are not solved yet, while the others are solved in turn); auto: progressive for
             rotated types, whose codes depend on each other too much to be learned, signround for others.
-        iterations: of `reconstruct`; 0: 40 for progressive, which takes them for every group of linears, 150 for others.
+        iterations: of `reconstruct`, where there is one; 0: 40 for progressive, which takes them for every group of linears,
+            150 for others.
         propagate: whether a layer's inputs are those of the original model, or of the model quantized so far.
         retarget: share of the upstream error that each linear compensates for (QEP), 0 to 1.
         gptaq: factor of GPTAQ's term in the sweep, which does so column by column, 0 to 1 (its authors take 0.25).
@@ -60,6 +62,11 @@ class Parts:
     context: int = 1024
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            sound = isinstance(value, int | float if kind is float else kind)
+            if not sound or isinstance(value, bool) != (kind is bool):
+                raise OptionError(f"'{field.name}' is {_KINDS[kind]}, not {value!r}")
         if self.propagate not in ("original", "quantized"):
             raise OptionError(f"--propagate is original or quantized, not '{self.propagate}'")
         if self.transform not in TRANSFORMS:
@@ -79,8 +86,9 @@ class Parts:
         how = self.reconstruct
         if how == "auto":
             how = "progressive" if fmt.side.rotation is not None or fmt.trellis is not None else "signround"
-        steps = self.iterations or (40 if how == "progressive" else 150)
-        return replace(self, reconstruct=how, iterations=steps)
+        steps = {"none": self.iterations, "progressive": self.iterations or 40}.get(how, self.iterations or 150)
+        stream = "quantized" if self.needs_cross or how == "progressive" else self.propagate  # they take that one
+        return replace(self, reconstruct=how, iterations=steps, propagate=stream)
 
     @property
     def needs_quantized(self) -> bool:
@@ -90,7 +98,7 @@ class Parts:
     @property
     def needs_cross(self) -> bool:
         """Whether the two streams, of the original model and of the one quantized so far, are to be compared at each input."""
-        return self.retarget > 0 or self.gptaq > 0
+        return self.retarget > 0 or self.gptaq > 0 or (self.rescomp > 0 and self.propagate == "quantized")
 
 
 PRESETS = {
@@ -128,12 +136,36 @@ def read_recipe(name: str | Path) -> tuple[dict[str, Any], Parts]:
     strange = sorted(content.keys() - known - set(COMMON) - {"calibration"})
     if strange:
         raise OptionError(f"the recipe '{path}' says '{strange[0]}', which is no part of a recipe")
-    options = {key: content[key] for key in COMMON if key in content}
-    options["rules"] = [tuple(rule) for rule in options.get("rules", [])]
+    said = {key: value for key, value in content.items() if value is not None}
+    options = {key: said[key] for key in (*COMMON, "calibration") if key in said}
+    options["rules"] = [tuple(rule) if isinstance(rule, list) else rule for rule in _listed(options.get("rules", []))]
+    if "skip" in options:
+        options["skip"] = _listed(options["skip"])
+    for key, value in options.items():
+        if not _sound(key, value):
+            raise OptionError(f"the recipe '{path}' has a value of a wrong kind: {key}: {value!r}")
     try:
-        return options, Parts(**{key: content[key] for key in known if key in content})
-    except TypeError as error:
-        raise OptionError(f"the recipe '{path}' has a value of a wrong kind: {error}") from None
+        return options, Parts(**{key: said[key] for key in known if key in said})
+    except OptionError as error:
+        raise OptionError(f"the recipe '{path}' cannot be used: {error}") from None
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list, also of a single value."""
+    return value if isinstance(value, list) else [value]
+
+
+def _sound(key: str, value: Any) -> bool:
+    """Whether a value is of the kind that an option takes."""
+
+    def words(values: Any) -> bool:
+        return isinstance(values, list | tuple) and all(isinstance(word, str) for word in values)
+
+    if key == "rules":  # "regex=format", or the two of them
+        return all(isinstance(rule, str) or (words(rule) and len(rule) == 2) for rule in value)
+    if key == "skip":
+        return words(value)
+    return isinstance(value, str) or (key == "shard_size" and type(value) is int)
 
 
 def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:

@@ -180,15 +180,15 @@ def _walk(
     Returns:
         How many tensors an earlier run had done, and the seconds that parts of a calibrated run took.
     """
-    solved = solve_layers(source, plan, task, partial, shown) if task else None
     stage = partial / unfinished.STAGE
     stage.mkdir(exist_ok=True)
+    _check_space(stage, plan)
+    solved = solve_layers(source, plan, task, partial, shown) if task else None
     found = unfinished.recover(partial, plan.shards)
     if shown and found.damaged:
         print(f"the unfinished work is damaged at '{found.damaged}'; going on from there", file=sys.stderr, flush=True)
     planned = {tensor.name: tensor for tensor in plan.tensors}
     done = sum(planned[record.tensor].bytes_before for record in found.records)
-    _check_space(stage, plan)
     records = list(found.records)
     journal = Journal(partial / unfinished.JOURNAL, found.journal_bytes)
     try:

@@ -37,7 +37,10 @@ def sweep_state(problem: Problem, params: Params, *, refit: bool) -> State:
     if not refit:
         plan = plan._replace(panels=tuple(tuple(s._replace(blocks=()) for s in panel) for panel in plan.panels))
     importance = None if problem.importance is None else normalized_importance(problem.importance)
-    swept = sweep(problem.fmt, problem.w, factor.u, plan, params, importance=importance, terms=_terms(problem, plan, factor.u))
+    swept = sweep(
+        problem.fmt, problem.w, factor.u, plan, params, importance=importance, scale_rule=problem.options.scale_rule,
+        terms=_terms(problem, plan, factor.u),
+    )  # fmt: skip
     return problem.state(swept.codes, swept.params)
 
 

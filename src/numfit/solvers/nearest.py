@@ -9,5 +9,5 @@ from numfit.solvers.state import Problem, State
 
 def nearest(problem: Problem) -> State:
     """Round a weight; the start of every chain, and the bar that every other solver must pass."""
-    params = fit(problem.fmt, problem.w, problem.importance)
+    params = fit(problem.fmt, problem.w, problem.importance, problem.options.scale_rule)
     return problem.state(encode(problem.fmt, problem.w, params), params)

@@ -28,6 +28,7 @@ class SolverOptions:
             the text says little. Few tokens overfit: with H of 8192 tokens, down_proj layers of SmolLM2-135M (1536 inputs) lose
             on other text 1.2 to 1.4 times what rounding to nearest loses after plain gptq, and 0.8 to 0.95 times with ridge 1;
             layers of 576 inputs are best near 0.05 to 0.2.
+        scale_rule: how scales are found (formats/fit.py); steps that find scales of least error themselves go with "mse" only.
         importance: fit parameters under what H says of the inputs rather than under equal weights.
         refit: fit a block's parameters again, on the compensated weights, when the sweep reaches it (orders none, act, group).
         alternations: rounds of `alternate`, `blocks` and `pot`.
@@ -42,6 +43,7 @@ class SolverOptions:
     order: str = "static"
     damp: float = 0.01
     ridge: float = 0.0
+    scale_rule: str = "mse"
     importance: bool = True
     refit: bool = True
     alternations: int = 2
@@ -100,11 +102,19 @@ class SolverOptions:
             raise OptionError("gptaq and rescomp are terms of the gptq step: use a chain that begins with gptq")
 
     def check(self, fmt: Format) -> None:
-        """Refuse steps that do not apply to a format.
+        """Refuse steps and options that do not apply to a format.
 
         Raises:
-            OptionError: naming the steps that do.
+            OptionError: naming what does.
         """
+        if fmt.trellis is not None:
+            self._check_trellis(fmt)
+        finders = [step for step in self.steps if step in ("alternate", "refit", "blocks", "pot")]
+        if self.scale_rule != "mse" and finders:
+            raise OptionError(
+                f"the scale rule '{self.scale_rule}' does not go with the step '{finders[0]}', which finds scales of least "
+                "error; use the rule mse, or a chain of nearest, gptq and descent"
+            )
         if "pot" in self.steps and not _powers_of_two(fmt):
             raise OptionError(
                 f"the step 'pot' is for powers of two (pot2, pot3, pot4 and their -log forms), not {fmt.name}; "
@@ -115,6 +125,25 @@ class SolverOptions:
                 f"the step 'blocks' is for formats whose blocks are smaller than a row (-g64, say), not {fmt.name}; "
                 "these steps apply to every format: nearest, gptq, alternate, refit, descent"
             )
+
+    def _check_trellis(self, fmt: Format) -> None:
+        """A trellis has a sweep of its own, which takes few of the options (solve.py).
+
+        Raises:
+            OptionError: one that it does not take is not at its default.
+        """
+        if self.steps != ("nearest",) and ("gptq" not in self.steps or {"refit", "blocks", "pot"} & {*self.steps}):
+            raise OptionError(
+                f"the chain '{'+'.join(self.steps)}' does not apply to {fmt.name}; these do: nearest, gptq, gptq+alternate, "
+                "gptq+descent"
+            )
+        default = SolverOptions()
+        for name in ("order", "ridge", "importance", "gptaq", "rescomp", "scale_rule"):
+            if getattr(self, name) != getattr(default, name):
+                raise OptionError(
+                    f"{name} ({getattr(self, name)}) does not apply to {fmt.name}, whose sweep has no such choice; leave it at "
+                    f"{getattr(default, name)}, or take a scalar format"
+                )
 
 
 def _powers_of_two(fmt: Format) -> bool:

@@ -38,7 +38,7 @@ def _scaled(problem: Problem, state: State) -> Params:
     fmt, params = problem.fmt, state.params
     effective = params.effective_scale().double()
     wanted: list[Tensor] = []
-    total_a = total_b = torch.zeros((1, 1), dtype=torch.float64)
+    total_a = total_b = torch.zeros((1, 1), dtype=torch.float64, device=effective.device)
     for rows, grams in normal_equations(problem, state):
         s = effective if fmt.block == "tensor" else effective[rows]  # [R, G]
         a = grams.aa * s[:, :, None] * s[:, None, :]

@@ -101,9 +101,10 @@ class Rounder:
         scale = self.at(self.scale, block)
         return (low * scale).view(-1), (high * scale).view(-1)
 
-    def fit_block(self, block: int, w: Tensor, importance: Tensor | None) -> None:
+    def fit_block(self, block: int, w: Tensor, importance: Tensor | None, rule: str = "mse") -> None:
         """Fit the parameters of a block of all rows to w [N, n], its columns in their stored order, under parents, palettes and
-        a tensor's one member as they are; importance [n] in units of its mean over the row."""
+        a tensor's one member as they are; importance [n] in units of its mean over the row;
+        rule: how scales are found (formats/fit.py)."""
         fmt = self.fmt
         assert isinstance(fmt.block, int) and self.scale.shape[1] > block
         if self.params.levels is not None:
@@ -118,7 +119,7 @@ class Rounder:
         unit: int | str = min(int(fmt.unit), w.shape[1]) if small_units(fmt) else "block"
         home = fmt.member_home if len(members) > 1 else "plane"
         local = replace(fmt, members=members, palette=0, block=w.shape[1], unit=unit, member_home=home)
-        fitter = Fitter(local, importance, "mse", w.device, w.numel())
+        fitter = Fitter(local, importance, rule, w.device, w.numel())
         g, parent = self.geometry, self.params.parent
         first = block * -(-g.block // g.unit)  # unit
         for s in row_chunks(w.shape[0], w.shape[1], CHUNK if fitter.native is None else w.numel()):

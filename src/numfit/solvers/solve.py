@@ -46,26 +46,27 @@ def solve(
         FormatError: a weight that the format cannot hold.
     """
     options = SolverOptions.parse(options) if isinstance(options, str) else options
-    if fmt.trellis is not None:
-        return _solve_trellis(check_weight(w, fmt), h, fmt, options)
     options.check(fmt)
     w = check_weight(w, fmt)
     k = w.shape[1]
+    if h is None and options.needs_statistics:
+        raise OptionError(
+            f"the chain '{'+'.join(options.steps)}' needs the second moment of the inputs: calibrate on a text, "
+            "or use 'nearest', which needs none"
+        )
+    if h is not None:
+        check_moment(h, k)
+        if options.needs_cross and cross is None:
+            raise OptionError("beta and gptaq need the cross term with the full-precision inputs: collect it, or set them to 0")
+        if cross is not None:
+            check_cross(cross, k)
+    if fmt.trellis is not None:
+        return _solve_trellis(w, h, fmt, options, cross)
     if h is None:
-        if options.needs_statistics:
-            raise OptionError(
-                f"the chain '{'+'.join(options.steps)}' needs the second moment of the inputs: calibrate on a text, "
-                "or use 'nearest', which needs none"
-            )
-        params = fit(fmt, w)
+        params = fit(fmt, w, None, options.scale_rule)
         codes = encode(fmt, w, params)
         loss = float((decode(fmt, codes, params) - w).double().square().sum())
         return Solution(codes, params, loss, loss)
-    check_moment(h, k)
-    if options.needs_cross:
-        if cross is None:
-            raise OptionError("beta and gptaq need the cross term with the full-precision inputs: collect it, or set them to 0")
-        check_cross(cross, k)
     h = h.detach().to(w.device).float().contiguous()
     notes = []
     dead = k - int(alive(h).sum())
@@ -87,21 +88,17 @@ def solve(
     return Solution(state.codes, state.params, float(state.losses.sum()), start, tuple(problem.notes))
 
 
-def _solve_trellis(w: Tensor, h: Tensor | None, fmt: Format, options: SolverOptions) -> Solution:
+def _solve_trellis(w: Tensor, h: Tensor | None, fmt: Format, options: SolverOptions, cross: Tensor | None) -> Solution:
     """A trellis has one solver, a sweep with feedback; of the chain it takes whether to use `h` and whether to repeat it.
 
     `nearest` looks at the weights alone, `gptq` is the sweep, `alternate` and `descent` behind it stand for a second one. What
     rounding alone would have lost (`start`) is then not known: to find out costs as much again.
     """
     assert fmt.trellis is not None
-    if h is None and options.needs_statistics:
-        raise OptionError(
-            f"the chain '{'+'.join(options.steps)}' needs the second moment of the inputs: calibrate on a text, "
-            "or use 'nearest', which needs none"
-        )
     if h is not None:
-        check_moment(h, w.shape[1])
         h = h.detach().to(w.device).float()
+        if options.beta > 0 and cross is not None:
+            w = retarget(w, h, cross.to(w.device), options.beta)
     again = any(step in ("alternate", "descent") for step in options.steps)
     blind = options.steps == ("nearest",)
     found = solve_trellis(w, None if blind else h, fmt.trellis, damping=options.damp, sweeps=int(again))

@@ -65,6 +65,7 @@ def sweep(
     params: Params,
     *,
     importance: Tensor | None = None,
+    scale_rule: str = "mse",
     choose: bool = True,
     terms: Terms = Terms(),  # noqa: B008
     panel_sweep: PanelSweep | None = None,
@@ -75,7 +76,7 @@ def sweep(
         w: [N, K] fp32, columns as stored.
         u: [K, K], in the order of the plan.
         params: where the plan fits blocks on its way, these are changed; otherwise they stay as they are.
-        importance: [K] in units of its mean, for fitting blocks.
+        importance: [K] in units of its mean, for fitting blocks; scale_rule: how their scales are found.
         choose: small units choose their member when they are reached: that whose own sweep over the unit has the least Σ e².
         panel_sweep: what does a run of positions of a panel; `eager_panel` is the reference.
     """
@@ -97,7 +98,7 @@ def sweep(
             swept[:, s], torch.empty((n, b - a), device=w.device), torch.empty((n, b - a), device=w.device) if extra else None,
         )  # fmt: skip
         for segment in segments:
-            _fit_blocks(rounder, rest, plan, segment, importance)
+            _fit_blocks(rounder, rest, plan, segment, importance, scale_rule)
             run(panel, segment.start - a, segment.stop - a, rounder, choose)
         losses += torch.linalg.vecdot(panel.error, panel.error)
         if b == k:
@@ -111,12 +112,15 @@ def sweep(
     return Swept(codes, rounder.result(), losses)
 
 
-def _fit_blocks(rounder: Rounder, rest: Tensor, plan: Plan, segment: Segment, importance: Tensor | None) -> None:
+def _fit_blocks(
+    rounder: Rounder, rest: Tensor, plan: Plan, segment: Segment, importance: Tensor | None, rule: str
+) -> None:
     for block in segment.blocks:
         where = (plan.block == block).nonzero()[:, 0]
         where = where[plan.order[where].argsort()]  # as stored
         column = plan.order[where].to(rest.device)
-        rounder.fit_block(block, rest[:, where.to(rest.device)], None if importance is None else importance[column])
+        weights = None if importance is None else importance[column]
+        rounder.fit_block(block, rest[:, where.to(rest.device)], weights, rule)
 
 
 def eager_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose: bool) -> None:

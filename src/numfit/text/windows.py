@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from numfit.errors import NumfitError, OptionError, require
+from numfit.errors import CheckpointError, NumfitError, OptionError, require
 
 
 def read_text(path: str | Path) -> str:
@@ -134,6 +134,24 @@ def token_windows(
     if first is None:
         return windows
     return torch.cat([torch.full((n, 1), first, dtype=torch.int64), windows], dim=1)  # [n, 1 + span]
+
+
+def check_windows(windows: Tensor, config: Any) -> None:
+    """Refuse windows that a model cannot read; `config` is its (text) configuration.
+
+    Raises:
+        OptionError: the windows are longer than its positions. CheckpointError: the tokenizer is another model's.
+    """
+    longest, context = getattr(config, "max_position_embeddings", None), windows.shape[1]
+    if longest and context > longest:
+        raise OptionError(
+            f"a window of {context} tokens is longer than the {longest} positions of the model: pass --context {longest}"
+        )
+    if (largest := int(windows.max())) >= config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer gives token id {largest}, but the model knows only {config.vocab_size} tokens: "
+            "the tokenizer files belong to another model"
+        )
 
 
 def calibration_windows(
