@@ -148,6 +148,25 @@ def test_the_kernel_agrees_with_pytorch(pair: str, dim: int, isa: None) -> None:
                 assert all(torch.equal(r, results[0]) for r in results)
 
 
+def test_the_kernel_does_not_mind_torchs_defaults() -> None:
+    """What the library gets is CPU memory of the right size, whatever new tensors are made of by default."""
+    if library.library() is None:
+        pytest.skip("this installation has no CPU kernels")
+    seen = view("tq3,mant4-g64", 64, tokens=300)
+    query, mask = torch.randn(2, 2, 3, 64), torch.ones(2, 1, 1, seen.length, dtype=torch.bool)
+    want = kernel.attend(query, seen.keys, seen.values, mask)
+    assert want is not None
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        have = kernel.attend(query, seen.keys, seen.values, mask)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kernel.kind.cache_clear()
+    with torch.device("meta"):
+        also = kernel.attend(query, seen.keys, seen.values, mask)
+    assert all(torch.equal(a, b) for a, b in zip((have or ()) + (also or ()), want * 2, strict=True))
+
+
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_the_kernel_does_the_presets(name: str) -> None:
     key, value = preset(name)

@@ -84,6 +84,29 @@ def test_any_number_of_threads_gives_the_same_bits(packed: PackedLinear) -> None
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("name", ["mant4-g64", "int4-g64+rot+rank3+sparse20", "trellis3+rot"])
+def test_torchs_defaults_do_not_matter(name: str) -> None:
+    """What the library gets is CPU memory of the right size, whatever new tensors are made of by default."""
+    w, x, index = torch.randn(70, 192), torch.randn(3, 192), torch.tensor([0, 69])
+    q = quantize_tensor(w, name, scale_rule="mse")
+
+    def all_of_it() -> list[torch.Tensor]:
+        matrix = PackedLinear.pack(q)
+        results = [matrix.apply(x), matrix.apply(x.bfloat16()), matrix.rows(index), *matrix.unpack().planes.values()]
+        return [*results, *quantize_tensor(w[:8], "uint4-g32").planes.values()]
+
+    want = all_of_it()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        have = all_of_it()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        have += all_of_it()
+    for a, b in zip(have, want * 2, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 def test_copies_are_of_their_own(packed: PackedLinear) -> None:
     x = torch.randn(4, 192)
     for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):

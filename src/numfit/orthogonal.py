@@ -34,14 +34,15 @@ def splitmix64(seed: int, index: int) -> int:
 @lru_cache(maxsize=64)
 def signs(size: int, seed: int) -> Tensor:
     """fp32 ±1 [size]: −1 where the top bit of splitmix64(seed, i) is set. Shared with others, not to be written to."""
-    return torch.tensor([-1.0 if splitmix64(seed, i) >> 63 else 1.0 for i in range(size)])
+    values = [-1.0 if splitmix64(seed, i) >> 63 else 1.0 for i in range(size)]
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 @lru_cache(maxsize=64)
 def cosines(m: int) -> Tensor:
     """The orthonormal DCT-II: fp64 [m, m]; the first row is constant. Shared with others, not to be written to."""
     rows = [[math.sqrt((1 if c == 0 else 2) / m) * _cosine((2 * a + 1) * c, 4 * m) for a in range(m)] for c in range(m)]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _cosine(k: int, turns: int) -> float:

@@ -42,7 +42,7 @@ class Fitter:
         """What the compiled pass needs to do the same."""
         fmt, mse = self.fmt, self.rule == "mse"
         if fmt.zero:
-            tops = torch.tensor([(1 << fmt.bits) - 1], dtype=torch.float32)
+            tops = torch.tensor([(1 << fmt.bits) - 1], dtype=torch.float32, device="cpu")
             factors = shrink_factors(self.rule, self.tops.device).tolist()
         elif fmt.scale.store == "e8m0":
             tops, factors = self.tops, [1.0, 0.0, -1.0] if mse else [0.0]

@@ -201,9 +201,9 @@ def encode(w: Tensor, levels: Tensor, scale: Tensor, block: int) -> Tensor:
     t = row_tables(levels)
     if not usable(w.device):
         return rank(w.float() / per_column(scale, block, w.shape[1]), t.thresholds)
-    out = torch.empty(w.shape, dtype=torch.uint8)
+    out = w.new_empty(w.shape, dtype=torch.uint8)
     for s in row_chunks(len(w), 1, NATIVE_ROWS):
         part = Tables(*(v[s] for v in t))
-        member = torch.arange(len(part.levels), dtype=torch.uint8)[:, None].expand(-1, scale.shape[1])
+        member = torch.arange(len(part.levels), dtype=torch.uint8, device=w.device)[:, None].expand(-1, scale.shape[1])
         out[s] = encode_in_one_pass(part, w[s].float(), block, block, scale[s], None, member)
     return out

@@ -81,7 +81,7 @@ class Search:
                  ceil: bool) -> None:  # fmt: skip
         self.unit, self.zero = unit, zero
         self.members = 1 if zero else ladder.levels.shape[0]
-        row = torch.tensor(factors, dtype=torch.float32)
+        row = torch.tensor(factors, dtype=torch.float32, device="cpu")
         self._kept = [_plain(t) for t in (ladder.levels, ladder.thresholds, tops, row)]  # what `_parts` points to
         likely = 0.0 if scale.store == "e8m0" and not zero else 0.9
         at_levels, at_thresholds, at_tops, at_factors = (t.data_ptr() for t in self._kept)
@@ -99,8 +99,8 @@ class Search:
             parts |= {"rounding": _FLOAT, "mantissa": mantissa, "quantum": quantum, "low": low, "high": high}
             if spare > 1 and named:  # words with a zero last bit, above 0 and below Inf
                 dtype = torch.float16 if scale.store == "fp16" else torch.bfloat16
-                last = int(torch.tensor(scale.cap, dtype=dtype).view(torch.int16)) & ~1
-                least, most = torch.tensor([2, last], dtype=torch.int16).view(dtype).tolist()
+                last = int(torch.tensor(scale.cap, dtype=dtype, device="cpu").view(torch.int16)) & ~1
+                least, most = torch.tensor([2, last], dtype=torch.int16, device="cpu").view(dtype).tolist()
                 parts |= {"even": 1, "least": least, "most": most}
         self._parts = parts
 
@@ -130,13 +130,13 @@ class Search:
         rows, k = w.shape
         blocks = -(-k // block)
         shape = (rows, blocks, self.members) if each else (rows, blocks)
-        scale = torch.empty(shape, dtype=torch.float32)
-        error = torch.empty(shape, dtype=torch.float32) if each else None
+        scale = w.new_empty(shape)
+        error = w.new_empty(shape) if each else None
         member = None
         if (self.members > 1 or self.unit) and not each:
             units = self._units(k, block) if self.unit else blocks
-            member = torch.empty((rows, units), dtype=torch.uint8)
-        zero = torch.empty(shape, dtype=torch.float32) if self.zero else None
+            member = w.new_empty((rows, units), dtype=torch.uint8)
+        zero = w.new_empty(shape) if self.zero else None
         changes = {"rounding": _FREE, "low": PARENT_MIN} if free else {}
         request = self._request(block, each=each, unpruned=unpruned, **changes)
         self._fit(request, w, h, None if parent is None or free else parent, scale, error, member, zero)
@@ -146,15 +146,15 @@ class Search:
         """Best members of the units of w [R, K] under one scale: uint8 [R, units]."""
         w = _plain(w)
         rows, k = w.shape
-        member = torch.empty((rows, self._units(k, k)), dtype=torch.uint8)
+        member = w.new_empty((rows, self._units(k, k)), dtype=torch.uint8)
         request = self._request(k, candidates=0)
-        self._fit(request, w, h, None, torch.full((rows, 1), scale, dtype=torch.float32), None, member, None)
+        self._fit(request, w, h, None, w.new_full((rows, 1), scale), None, member, None)
         return member
 
     def row_errors(self, w: Tensor, h: Tensor | None, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Errors of whole rows w [R, K] under scales (and zeros) [M, C], or [1, C], that all share: fp32 [R, M, C]."""
         w, scale, zero = _plain(w), _plain(scale), None if zero is None else _plain(zero)
-        out = torch.empty((len(w), *scale.shape), dtype=torch.float32)
+        out = w.new_empty((len(w), *scale.shape))
         request = self._request(w.shape[1], candidates=scale.shape[1])
         h = None if h is None else _plain(h)
         request_and_weights = (byref(request), w.data_ptr(), *w.shape)
@@ -188,7 +188,7 @@ def encode(
     zero = None if zero is None else _plain(zero)
     member = None if member is None else _plain(member, torch.uint8)
     thresholds, codes = tables.thresholds.contiguous(), tables.codes.contiguous()
-    out = torch.empty(w.shape, dtype=torch.uint8)
+    out = torch.empty_like(w, dtype=torch.uint8)
     request = _Codes(
         len(codes), codes.shape[1], thresholds.data_ptr(), codes.data_ptr(), block, unit, scale.data_ptr(), _address(zero),
         _address(member), scale.numel() == 1, member is not None and member.numel() == 1,

@@ -118,7 +118,7 @@ def turn_native(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
     assert lib is not None
     rows, k = x.shape
     s, d = constants(k, rotation)
-    out = torch.empty((rows, k), dtype=torch.float32)
+    out = torch.empty_like(x, dtype=torch.float32)
     error = ctypes.create_string_buffer(ERROR_BYTES)
     lib.nf_set_threads(torch.get_num_threads())
     kind = int(x.dtype == torch.bfloat16)

@@ -90,11 +90,11 @@ class QuantizedTensor:
     def _select_tiles(self, index: Tensor | int | slice) -> QuantizedTensor:
         fmt, r, k = self.format, math.prod(self.shape[:-1]), self.shape[-1]
         assert fmt.trellis is not None
-        place = torch.arange(r).view(self.shape[:-1])[index if not isinstance(index, Tensor) else index.cpu()]
+        place = torch.arange(r, device="cpu").view(self.shape[:-1])[index if not isinstance(index, Tensor) else index.cpu()]
         wanted = place.reshape(-1)
         tiles = wanted[::TILE_ROWS] // TILE_ROWS
         stream, _ = trellis_codec.streams_of_tiles(fmt.trellis, self.planes["codes"], (r, k), tiles.to(self.device))
-        whole = [torch.arange(t * TILE_ROWS, min(r, (t + 1) * TILE_ROWS)) for t in tiles.tolist()]
+        whole = [torch.arange(t * TILE_ROWS, min(r, (t + 1) * TILE_ROWS), device="cpu") for t in tiles.tolist()]
         if len(wanted) == 0 or not torch.equal(torch.cat(whole), wanted) or (tiles[1:] <= tiles[:-1]).any():
             raise FormatError(
                 f"{fmt.name} codes {TILE_ROWS} rows together, so only whole tiles can be taken out of it, in order; leave this "

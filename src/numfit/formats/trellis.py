@@ -72,7 +72,7 @@ class Trellis:
     @cached_property
     def table(self) -> Tensor:
         """Level of every state: int8 [2**L]."""
-        levels = torch.tensor(self.levels, dtype=torch.int8)
+        levels = torch.tensor(self.levels, dtype=torch.int8, device="cpu")
         if not self.masks:
             return levels
         return levels[hash_states(self.masks, self.state_bits)]
@@ -119,7 +119,7 @@ class Trellis:
 
 def hash_states(masks: tuple[int, ...], state_bits: int) -> Tensor:
     """Index of every state under a linear hash: int64 [2**L]."""
-    states = torch.arange(1 << state_bits)
+    states = torch.arange(1 << state_bits, device="cpu")
     index = torch.zeros_like(states)
     for mask in masks:
         parity = states & mask

@@ -87,7 +87,7 @@ def encoder(t: Trellis, scale: Tensor) -> Callable[[Tensor], tuple[Tensor, Tenso
     def encode_native(w: Tensor, keep: object = (table, levels)) -> tuple[Tensor, Tensor]:
         n, k = w.shape
         w = w if w.stride(1) == 1 and w.stride(0) >= k else w.contiguous()
-        symbols, values = torch.empty((n, k), dtype=torch.uint8), torch.empty((n, k), dtype=torch.int8)
+        symbols, values = w.new_empty((n, k), dtype=torch.uint8), w.new_empty((n, k), dtype=torch.int8)
         where = (w.data_ptr(), n, k, max(w.stride(0), k), inverse.data_ptr(), symbols.data_ptr(), values.data_ptr(), k)
         if lib.nf_trellis_encode(byref(code), *where, error):
             raise NumfitError(error.value.decode())
@@ -159,7 +159,7 @@ def streams_of_tiles(t: Trellis, stream: Tensor, shape: tuple[int, int], tiles: 
     size = t.stream_bytes(TILE_ROWS, k)
     whole = tiles[tiles < n // TILE_ROWS]
     parts = [stream[: n // TILE_ROWS * size].view(-1, size)[whole].flatten()]
-    heights = torch.full((len(tiles),), TILE_ROWS)
+    heights = torch.full((len(tiles),), TILE_ROWS, device="cpu")
     if len(whole) < len(tiles):
         parts.append(stream[n // TILE_ROWS * size :])
         heights[-1] = n % TILE_ROWS

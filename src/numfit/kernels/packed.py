@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -151,7 +151,7 @@ class PackedLinear:
             OptionError: a row that does not exist; numbers that are no integers, or on another device.
         """
         if isinstance(index, slice):
-            index = torch.arange(self.shape[0])[index]
+            index = torch.arange(self.shape[0], device="cpu")[index]
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise OptionError(f"rows are chosen by integers, not by {index.dtype}")
         if index.device.type != "cpu":
@@ -168,18 +168,18 @@ class PackedLinear:
             return QuantizedTensor.from_planes(self.format, self.shape, planes | (self.side.planes() if self.side else {}))
         g = fmt.geometry(k)
         specs = fmt.planes((n, k))
-        codes = torch.empty(specs["codes"].shape, dtype=torch.uint8)
+        codes = _empty(specs["codes"].shape, torch.uint8)
         own_member = "member" in specs and "member" not in self._kept
         spare = fmt.spare if "scale" not in self._kept else 0
-        member = torch.empty((n, g.units), dtype=torch.uint8) if own_member or spare else None
-        zero = torch.empty((n, g.blocks), dtype=torch.uint8) if "zero" in specs and "zero" not in self._kept else None
+        member = _empty((n, g.units), torch.uint8) if own_member or spare else None
+        zero = _empty((n, g.blocks), torch.uint8) if "zero" in specs and "zero" not in self._kept else None
         scale = None
         if "scale" not in self._kept:
-            scale = torch.empty((n, g.blocks), dtype=torch.int16 if STORES[fmt.scale.store].bits == 16 else torch.uint8)
+            scale = _empty((n, g.blocks), torch.int16 if STORES[fmt.scale.store].bits == 16 else torch.uint8)
         error = ctypes.create_string_buffer(ERROR_BYTES)
         self._lib.nf_set_threads(torch.get_num_threads())
-        for index in torch.arange(n).split(max(1, CHUNK // k)):
-            loose = torch.empty((len(index), k), dtype=torch.uint8)
+        for index in torch.arange(n, device="cpu").split(max(1, CHUNK // k)):
+            loose = _empty((len(index), k), torch.uint8)
             parts = [None if part is None else part[index[0] :].data_ptr() for part in (scale, member, zero)]
             if self._lib.nf_unpack(self.handle, index.data_ptr(), len(index), loose.data_ptr(), *parts, error):
                 raise OptionError(error.value.decode())
@@ -202,6 +202,11 @@ class PackedLinear:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for the library to write to, whatever torch's default type and device are."""
+    return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 
 
 def _six_bits(fmt: Format) -> bool:
@@ -230,7 +235,7 @@ def _matrix(weight: QuantizedTensor) -> tuple[Matrix, list[Tensor], dict[str, Te
             scale = unpack_bits(word, 6, g.blocks)
         else:
             scale = to_word(fmt.scale, params.scale, None, 0) if fmt.spare else word  # without the member's bits
-    levels = torch.tensor([grid.levels for grid in grids], dtype=torch.float32)
+    levels = torch.tensor([grid.levels for grid in grids], dtype=torch.float32, device="cpu")
     parts: dict[str, Tensor | None] = {
         "codes": planes["codes"],
         "scale": scale,
@@ -253,7 +258,7 @@ def kernel_of(fmt: Format, columns: int) -> tuple[str, float]:
         FormatError, OptionError: none does; the message says why.
     """
     specs = fmt.planes((1, columns))
-    planes = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    planes = {name: torch.zeros(spec.shape, dtype=spec.dtype, device="cpu") for name, spec in specs.items()}
     packed = PackedLinear.pack(QuantizedTensor(fmt, (1, columns), planes))
     return packed.kernel, packed.rounding
 
@@ -284,7 +289,7 @@ def _linear(x: Tensor, key: int, rows: int, bias: Tensor | None, exact: bool) ->
     half = x.dtype == torch.bfloat16
     flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16 if half else torch.float32).contiguous()
     bias = None if bias is None else bias.float().expand(rows).contiguous()
-    out = torch.empty((len(flat), rows), dtype=flat.dtype)
+    out = _empty((len(flat), rows), flat.dtype)
     error = ctypes.create_string_buffer(ERROR_BYTES)
     apply = packed._lib.nf_apply_bf16 if half else packed._lib.nf_apply
     step = max(16, CHUNK // rows) if half else max(1, len(flat))  # for bf16 the library keeps fp32 copies
@@ -299,13 +304,13 @@ def _linear_with_side(packed: PackedLinear, side: SideTerms, x: Tensor, bias: Te
     rows, columns = packed.shape
     flat = x.reshape(-1, columns).to(torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32).contiguous()
     bias = None if bias is None else bias.float().expand(rows).contiguous()
-    out = torch.empty((len(flat), rows), dtype=x.dtype)
+    out = _empty((len(flat), rows), x.dtype)
     error = ctypes.create_string_buffer(ERROR_BYTES)
     step = max(16, CHUNK // max(rows, columns))
     runs = [(flat, out)] if len(flat) <= step else zip(flat.split(step), out.split(step), strict=True)
     for part, into in runs:
         turned = side.inputs(part)
-        y = into if into.dtype == torch.float32 else torch.empty(into.shape, dtype=torch.float32)
+        y = into if into.dtype == torch.float32 else _empty(into.shape, torch.float32)
         if packed._lib.nf_apply(
             packed.handle, turned.data_ptr(), len(turned), columns, y.data_ptr(), rows, _address(bias), exact, error
         ):
@@ -319,7 +324,7 @@ def _linear_with_side(packed: PackedLinear, side: SideTerms, x: Tensor, bias: Te
 def _rows(index: Tensor, key: int, columns: int) -> Tensor:
     packed = _find(key, None, columns)
     index = index.contiguous()
-    out = torch.empty((len(index), columns))
+    out = _empty((len(index), columns), torch.float32)
     error = ctypes.create_string_buffer(ERROR_BYTES)
     if packed._lib.nf_gather(packed.handle, index.data_ptr(), len(index), out.data_ptr(), error):
         raise OptionError(error.value.decode())

@@ -44,8 +44,8 @@ def repack(trellis: Trellis, shape: tuple[int, int], stream: Tensor, scale: Tens
     n, k = shape
     if stream.numel() != trellis.stream_bytes(n, k) or scale.numel() != n:
         raise FormatError(f"{trellis.name} of shape {shape} does not fit {stream.numel()} bytes and {scale.numel()} scales")
-    masks = torch.tensor(trellis.masks or (0,), dtype=torch.int16)
-    levels = torch.tensor(trellis.levels, dtype=torch.int8)
+    masks = torch.tensor(trellis.masks or (0,), dtype=torch.int16, device="cpu")
+    levels = torch.tensor(trellis.levels, dtype=torch.int8, device="cpu")
     stream, scale = stream.contiguous(), scale.float().contiguous()
     matrix = _Matrix(
         n, k, trellis.bits, trellis.state_bits, len(trellis.masks), 0, masks.data_ptr(), levels.data_ptr(), stream.data_ptr(),
@@ -63,7 +63,7 @@ def unpack(trellis: Trellis, shape: tuple[int, int], handle: int) -> Tensor:
     """The stream as the file had it: uint8 [stream_bytes]."""
     lib = library()
     assert lib is not None
-    stream = torch.empty(trellis.stream_bytes(*shape), dtype=torch.uint8)
+    stream = torch.empty(trellis.stream_bytes(*shape), dtype=torch.uint8, device="cpu")
     error = ctypes.create_string_buffer(ERROR_BYTES)
     if lib.nf_trellis_unpack(handle, stream.data_ptr(), error):
         raise OptionError(error.value.decode())

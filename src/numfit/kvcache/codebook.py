@@ -21,13 +21,13 @@ _SETTLED = 1e-8  # largest move of a level in the last sweep; Lloyd's iteration 
 
 def _lloyd(density: Callable[[Tensor], Tensor], low: float, high: float, count: int) -> Tensor:
     """Levels fp64 [count], ascending, of least mean squared error under a density on (low, high)."""
-    y = torch.linspace(low, high, _POINTS, dtype=torch.float64)
+    y = torch.linspace(low, high, _POINTS, dtype=torch.float64, device="cpu")
     mass = density(y)
     integrals = []  # of the density and of its first moment up to each point, trapezoids
     for f in (mass, mass * y):
         integrals.append(torch.nn.functional.pad(((f[1:] + f[:-1]) / 2).cumsum(0), (1, 0)))
     table = torch.stack(integrals)  # [2, points]
-    wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * table[0, -1]
+    wanted = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count * table[0, -1]
     levels = y[torch.searchsorted(table[0], wanted).clamp_max(_POINTS - 1)]
     ends = table[:, [0, -1]]
     for _ in range(_SWEEPS):
@@ -69,7 +69,7 @@ def octahedral(count: int) -> Tensor:
     The projection p = t / |t|₁ spreads the sphere unevenly; the density of one unfolded coordinate ξ is found by integrating
     the Jacobian |p|₂⁻³ over the other, upper and lower half together.
     """
-    grid = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    grid = torch.linspace(-1, 1, 2001, dtype=torch.float64, device="cpu")
     xi, eta = torch.meshgrid(grid, grid, indexing="ij")
     z = 1 - xi.abs() - eta.abs()
     x = torch.where(z >= 0, xi.abs(), 1 - eta.abs())

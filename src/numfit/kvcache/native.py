@@ -65,7 +65,7 @@ def kind(stream: Stream, dim: int) -> Kind | None:
         if coder.bits not in (2, 3, 4, 8) or group & (group - 1) or group < 16:
             return None
         zero = 1 << (coder.bits - 1) if coder.symmetric else 0
-        levels = torch.arange(_LEVELS) % (1 << coder.bits) - zero if coder.bits < 8 else None
+        levels = torch.arange(_LEVELS, device="cpu") % (1 << coder.bits) - zero if coder.bits < 8 else None
         return Kind(coder.bits, row, group, 0, 0, zero, None if levels is None else levels.float().view(1, -1))
     if isinstance(coder, LloydMax) and coder.levels in (4, 8, 16):
         levels = codebook.sphere(coder.levels, row).repeat(_LEVELS // coder.levels).view(1, -1)
@@ -136,7 +136,7 @@ def attend(query: Tensor, keys: Snapshot, values: Snapshot, mask: Tensor | None)
             return None
         part = part[:, 0, 0].expand(batch, tokens)
         if part.dtype == torch.bool:
-            added = torch.zeros(part.shape).masked_fill_(~part, -torch.inf)
+            added = torch.zeros_like(part, dtype=torch.float32).masked_fill_(~part, -torch.inf)
         else:
             added = part.float().contiguous()
     query = query.contiguous()
@@ -148,9 +148,9 @@ def attend(query: Tensor, keys: Snapshot, values: Snapshot, mask: Tensor | None)
     blocks = -(-tokens // block)
     key_stream, held = _describe(keys, of_keys, blocks)
     value_stream, also_held = _describe(values, of_values, blocks)
-    most = torch.empty(batch, heads, count, 1)
+    most = query.new_empty((batch, heads, count, 1))
     total = torch.empty_like(most)
-    out = torch.empty(batch, heads, count, values.dim)
+    out = query.new_empty((batch, heads, count, values.dim))
     set_threads(torch.get_num_threads())
     error = ctypes.create_string_buffer(ERROR_BYTES)
     address = lambda t: None if t is None else t.data_ptr()  # noqa: E731

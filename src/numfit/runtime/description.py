@@ -119,7 +119,7 @@ def describe(model: Any) -> Description:
 def rotary_table(module: Any, kind: str | None, room: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0 … room - 1 by the model's own module: fp32 [room, rotary] each."""
     extra = () if kind is None else (kind,)
-    cos, sin = module(torch.zeros(1, dtype=torch.float32), torch.arange(room)[None], *extra)
+    cos, sin = module(torch.zeros(1, dtype=torch.float32, device="cpu"), torch.arange(room, device="cpu")[None], *extra)
     return cos[0].contiguous(), sin[0].contiguous()
 
 
@@ -155,7 +155,8 @@ class _Builder:
         if getattr(config, "use_bidirectional_attention", False):
             raise Unsupported("its attention is not causal")
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if head is None or self.map.final_norm is None:
+        final = self.map.final_norm
+        if head is None or final is None:
             raise Unsupported("it has no output layer, or no norm before it")
         layers = (LayerSpec * len(self.map.layers))(*(self._layer(layer) for layer in self.map.layers))
         kept.append(layers)
@@ -180,7 +181,7 @@ class _Builder:
             attention_softcap=_one(self.softcaps, "soft caps"),
             logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0),
             layer=layers,
-            final_norm=self._norm(self.map.final_norm.weight.removesuffix(".weight"), self.map.final_norm.offset, None),
+            final_norm=self._norm(final.weight.removesuffix(".weight"), final.offset, config.hidden_size),
             embedding=embedding[0],
             head=output[0],
         )
@@ -219,8 +220,8 @@ class _Builder:
         linears = (LinearSpec * sum(map(len, lists)))(*(linear for group in lists for linear in group))
         self.kept.append(linears)
 
-        def norm(name: str) -> int | None:
-            return self._norm(layer.prefix + name, layer.input_norm.offset, module) if layer.input_norm else None
+        def norm(name: str, size: int = self.config.hidden_size) -> int | None:
+            return self._norm(layer.prefix + name, layer.input_norm.offset, size, module) if layer.input_norm else None
 
         before_ffn = layer.ffn_norm.weight.removeprefix(layer.prefix).removesuffix(".weight")
         rope, window = self._position(attention, layer.index)
@@ -231,8 +232,8 @@ class _Builder:
             ffn_norm=norm(before_ffn),
             post_attention_norm=norm("post_attention_layernorm") if before_ffn != "post_attention_layernorm" else None,
             post_ffn_norm=norm("post_feedforward_layernorm"),
-            q_norm=norm("self_attn.q_norm"),
-            k_norm=norm("self_attn.k_norm"),
+            q_norm=norm("self_attn.q_norm", self.map.head_dim),
+            k_norm=norm("self_attn.k_norm", self.map.head_dim),
             rope=rope,
             window=window,
         )
@@ -269,8 +270,8 @@ class _Builder:
     def _rotary(self) -> int:
         return int(_one({rotary_table(*rope, 1)[0].shape[-1] for rope in self.ropes} or {0}, "sizes of rotary tables"))
 
-    def _norm(self, name: str, offset: float, within: nn.Module | None) -> int | None:
-        """The gain of an RMS norm, tried on random numbers; None where the layer has no such norm."""
+    def _norm(self, name: str, offset: float, size: int, within: nn.Module | None = None) -> int | None:
+        """The gain of an RMS norm over `size` numbers, tried on random numbers; None where the layer has no such norm."""
         owner = self.model
         for step in name.split("."):
             owner = getattr(owner, step, None)
@@ -279,8 +280,12 @@ class _Builder:
         if within is not None and owner not in set(within.modules()):
             return None
         gain = offset + owner.weight.detach().float()
+        if gain.shape != (size,):
+            raise Unsupported(f"'{name}' is a norm over {gain.numel()} numbers, and the native decoder has it over {size}")
         eps = getattr(owner, "variance_epsilon", getattr(owner, "eps", None))
-        x = torch.randn(4, len(gain), generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-3], [1.0], [8.0], [1.0]])
+        plain: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+        x = torch.randn(4, len(gain), generator=torch.Generator().manual_seed(0), **plain)
+        x *= torch.tensor([[1e-3], [1.0], [8.0], [1.0]], **plain)
         want = F.rms_norm(x, gain.shape, gain, float(eps or 0))
         have = owner(x.to(self.model.dtype)).float()
         rough = 1e-5 if self.model.dtype == torch.float32 else 2e-2
@@ -360,7 +365,7 @@ class _Builder:
 
 def _activation(function: Any) -> int:
     """0 for SiLU, 1 for GELU with tanh."""
-    x = torch.linspace(-8, 8, 1001)
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float32, device="cpu")
     for number, known in enumerate((F.silu(x), F.gelu(x, approximate="tanh"))):
         if torch.allclose(function(x), known, 1e-5, 1e-6):
             return number

@@ -119,7 +119,7 @@ def _lattice(rounder: Rounder, n: int, choose: bool) -> tuple[_Lattice, list[Ten
     def padded(t: Tensor, fill: Tensor) -> Tensor:
         return torch.cat([t.float(), fill.float().expand(members, entries - t.shape[1])], 1).contiguous()
 
-    infinite = torch.tensor([[math.inf]])
+    infinite = torch.tensor([[math.inf]], dtype=torch.float32, device="cpu")
     kept = [padded(rounder.thresholds, infinite), padded(rounder.levels, rounder.levels[:, -1:]),
             padded(rounder.codes, rounder.codes[:, -1:]), rounder.scale.contiguous()]  # fmt: skip
     zero = None if rounder.zero is None else rounder.zero.contiguous()
