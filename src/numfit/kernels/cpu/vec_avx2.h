@@ -130,8 +130,9 @@ struct Vec {
     }
 };
 
-static inline void prefetch(const uint8_t *p) { _mm_prefetch(reinterpret_cast<const char *>(p), _MM_HINT_T0); }
-static inline void prefetch_far(const uint8_t *p) { _mm_prefetch(reinterpret_cast<const char *>(p), _MM_HINT_T1); }
+// Not the intrinsics: GCC 12 takes a function that only prefetches for one that does nothing, and leaves its calls out.
+static inline void prefetch(const uint8_t *p) { asm volatile("prefetcht0 %0" : : "m"(*p)); }
+static inline void prefetch_far(const uint8_t *p) { asm volatile("prefetcht1 %0" : : "m"(*p)); }
 
 }  // namespace NF_ISA
 }  // namespace nf
