@@ -22,7 +22,7 @@ from numfit.solvers.refit import normal_equations, refit
 from numfit.solvers.retarget import retarget
 from numfit.solvers.rounding import Rounder
 from numfit.solvers.state import Problem
-from numfit.solvers.sweep import Terms, sweep, sweep_columns
+from numfit.solvers.sweep import Terms, sweep
 
 ORDERS = ("static", "none", "act", "group")
 # every kind of parameter: members per block, small units, zero points, parents, palettes, one of the tensor, 8-bit codes
@@ -116,14 +116,6 @@ def test_orders_are_undone(order: str) -> None:
     u = cholesky_inverse_upper(h[plan.order][:, plan.order], 0.01).u
     swept = sweep(fmt, w, u, plan, fit(fmt, w))
     torch.testing.assert_close(decode(fmt, swept.codes, swept.params), w, rtol=0, atol=0.01)
-    seen: list[Tensor] = []
-
-    def exact(block: Tensor, j: int) -> Tensor:
-        seen.append(block)
-        return block
-
-    assert torch.equal(sweep_columns(w[:, plan.order], u, 3, exact), w[:, plan.order])
-    assert sum(b.shape[1] for b in seen) == k
 
 
 def test_units_and_blocks_stay_together() -> None:
@@ -137,26 +129,6 @@ def test_units_and_blocks_stay_together() -> None:
     assert int((by_block.block[1:] != by_block.block[:-1]).sum()) + 1 == 4
     fitted = [b for panel in by_block.panels for s in panel for b in s.blocks]
     assert sorted(fitted) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 8])
-def test_sweep_of_several_columns(width: int) -> None:
-    """Against the exact update of the remaining columns, computed by solving for them."""
-    k = 11
-    w, h = _layer(4, k)
-    u = cholesky_inverse_upper(h, 0.0).u
-
-    def coarse(block: Tensor, j: int) -> Tensor:
-        return (block * 20).round() / 20
-
-    q = sweep_columns(w, u, width, coarse, panel=4)
-    rest, expected = w.double(), torch.zeros(4, k)
-    for j in range(0, k, width):
-        e = min(j + width, k)
-        expected[:, j:e] = coarse(rest[:, j:e].float(), j)
-        error = expected[:, j:e].double() - rest[:, j:e]  # min over the rest of (ΔH Δᵀ): Δ_F = -error H_JF H_FF^-1
-        rest[:, e:] -= error @ h[j:e, e:].double() @ torch.linalg.inv(h[e:, e:].double())
-    assert torch.equal(q, expected)
 
 
 def test_sweep_of_single_columns_is_the_exact_update() -> None:

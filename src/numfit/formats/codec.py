@@ -45,7 +45,8 @@ def _unit_of_column(fmt: Format, row: int, device: torch.device) -> Tensor:
     return column // g.block * -(-g.block // g.unit) + column % g.block // g.unit
 
 
-def _member_per_weight(fmt: Format, member: Tensor, row: int) -> Tensor:
+def member_per_weight(fmt: Format, member: Tensor, row: int) -> Tensor:
+    """Member index of each weight: [R, units] → [R, K], or [R, 1] where there is one."""
     g = fmt.geometry(row)
     if member.shape[-1] == 1:
         return member
@@ -127,7 +128,7 @@ def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
             r = _fused_or(rank, fuse, _rank_chain, u, t.thresholds[m : m + 1])
             out[s] = _look_up(t.codes[m], r)
             continue
-        member = _member_per_weight(fmt, _slice(params.member, s), k)  # [r, K]
+        member = member_per_weight(fmt, _slice(params.member, s), k)  # [r, K]
         if len(t.codes) <= 4 or t.thresholds.shape[1] > CHAIN_MAX:
             r = _fused_or(_rank_searched, fuse, _rank_chosen, u, member, t.thresholds)
         else:
@@ -166,7 +167,7 @@ def decode(fmt: Format, codes: Tensor, params: Params, dtype: torch.dtype = torc
         index = codes[s].int()
         if members is not None:
             member = _slice(members, s).int() << fmt.bits
-            index = _spread(torch.add, index, member, g.unit) if by_unit else index + _member_per_weight(fmt, member, k)
+            index = _spread(torch.add, index, member, g.unit) if by_unit else index + member_per_weight(fmt, member, k)
         value = _look_up(levels, index)
         if params.zero is not None:
             value = _spread(torch.sub, value, _slice(params.zero, s), g.block)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from numfit.errors import FormatError
-from numfit.formats.codec import level_tables
+from numfit.formats.codec import level_tables, member_per_weight
 from numfit.formats.format import Format
 from numfit.formats.grid import ranked
-from numfit.formats.learned import row_tables
+from numfit.formats.learned import per_column, row_tables
 from numfit.formats.nearest import tables
 from numfit.formats.params import Params, family, row_chunks
 
@@ -46,19 +46,12 @@ class Cells:
     offset: Tensor
 
 
-def per_weight(values: Tensor, run: int, k: int) -> Tensor:
-    """One value per run of `run` neighbours [R, runs] (or [R, 1] for a whole row) → [R, K]."""
-    if values.shape[-1] == 1:
-        return values.expand(-1, k)
-    return values.repeat_interleave(run, 1)[:, :k]
-
-
 def scaled(x: Tensor, values: Tensor, run: int) -> Tensor:
     """x [r, K] times one value per run of neighbours [r, runs] (or [1, 1] for all)."""
     runs = values.shape[-1]
     if runs > 1 and runs * run == x.shape[1]:
         return (x.view(len(x), runs, run) * values.unsqueeze(-1)).view(x.shape)
-    return x * per_weight(values, run, x.shape[1])
+    return x * per_column(values, run, x.shape[1])
 
 
 def run_sums(x: Tensor, run: int, runs: int) -> Tensor:
@@ -74,15 +67,6 @@ def run_sums(x: Tensor, run: int, runs: int) -> Tensor:
 def rows_of(values: Tensor, s: slice) -> Tensor:
     """Rows of a parameter, or all of one that the tensor shares."""
     return values if len(values) == 1 else values[s]
-
-
-def member_per_weight(fmt: Format, member: Tensor, k: int) -> Tensor:
-    """Member index of each weight: [R, units] → [R, K], or [1, 1] where the tensor has one."""
-    g = fmt.geometry(k)
-    if member.shape[-1] == 1:
-        return member
-    column = torch.arange(k, device=member.device)
-    return member[:, column // g.block * -(-g.block // g.unit) + column % g.block // g.unit]
 
 
 def rank_tables(fmt: Format, params: Params, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,7 +122,7 @@ def cells(fmt: Format, codes: Tensor, params: Params, w: Tensor, trust: float = 
         u = scaled(w[s], 1 / rows_of(effective, s), g.block)
         zero = 0.0
         if params.zero is not None:
-            zero = per_weight(rows_of(params.zero, s), g.block, k)  # type: ignore[assignment]
+            zero = per_column(rows_of(params.zero, s), g.block, k)  # type: ignore[assignment]
             u = u + zero
         row = member * ranks
 

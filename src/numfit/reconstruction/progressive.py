@@ -30,7 +30,6 @@ def progressive(
     inputs: Tensor,
     targets: Tensor,
     options: Options = Options(method="tune"),  # noqa: B008 (frozen)
-    last: Options | None = None,
     progress: Callable[[int, float], None] | None = None,
     extra: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, State], list[Report]]:
@@ -42,8 +41,7 @@ def progressive(
         weights: name → fp32 weight [N, K] of every linear in `groups`, in the module's coordinates.
         solve: given the names of a group and the weights of all linears as they stand (module's coordinates), returns the
             group's states; it takes the statistics of their inputs from the block with those weights.
-        options: of the tuning after each group but the last.
-        last: of the one after the last group; None: as `options`.
+        options: of the tuning after each group.
 
     Returns:
         The states of all linears, and a report per group; `extra` of the last report holds the given extra tensors as moved.
@@ -65,8 +63,7 @@ def progressive(
             raise OptionError(f"the solver returned {', '.join(sorted(solved))} for the group {', '.join(group)}")
         states |= solved
         free = {name: current[name] for later in groups[i + 1 :] for name in later}
-        chosen = options if free or last is None else last
-        states, report = reconstruct(run, states, inputs, targets, chosen, progress, free | beside)
+        states, report = reconstruct(run, states, inputs, targets, options, progress, free | beside)
         current |= {name: report.extra[name] for name in free} | {name: weight(state) for name, state in states.items()}
         beside = {name: report.extra[name] for name in beside}
         reports.append(replace(report, extra=dict(beside)))

@@ -44,7 +44,3 @@ class SignRounding:
     def hard(self) -> Tensor:
         """Codes as they stand, uint8 [N, K]."""
         return torch.where(self.x > 0, self.cells.high_code, self.cells.low_code)
-
-    def perturbation(self) -> Tensor:
-        """V [N, K]."""
-        return self.x - self.cells.offset

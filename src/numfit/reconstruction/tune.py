@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from numfit.formats.codec import level_tables
+from numfit.formats.codec import level_tables, member_per_weight
 from numfit.formats.format import Format
+from numfit.formats.learned import per_column
 from numfit.formats.params import Params, row_chunks
-from numfit.reconstruction.cells import member_per_weight, per_weight, rows_of
+from numfit.reconstruction.cells import rows_of
 
 _CHUNK = 1 << 18
 
@@ -27,7 +28,7 @@ class FixedRounding:
                 index = index + (member_per_weight(fmt, rows_of(members, s).long(), k) << fmt.bits)
             self.level[s] = levels.flatten()[index]
             if params.zero is not None:
-                self.level[s] -= per_weight(rows_of(params.zero, s), fmt.geometry(k).block, k)
+                self.level[s] -= per_column(rows_of(params.zero, s), fmt.geometry(k).block, k)
 
     def values(self, s: slice) -> Tensor:
         return self.level[s]

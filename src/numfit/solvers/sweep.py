@@ -7,7 +7,6 @@ made at once, what follows a panel is updated by one matrix product at its end. 
 GPTAQ's w_i P_ij and ResComp's (w⁰_i - w_i) R_ij, with w_i cut to what the type can represent.
 
 `eager_panel` is the plain loop, and the reference; compiled.py does the same to the same bits.
-`sweep_columns` is the same for codes of d columns at a time (vector codebooks, trellises).
 """
 
 from __future__ import annotations
@@ -166,34 +165,3 @@ def _choose_member(panel: Panel, start: int, stop: int, rounder: Rounder) -> Non
             best, chosen = torch.where(better, cost, best), chosen.masked_fill(better, m)
     assert chosen is not None
     rounder.member[:, unit] = chosen
-
-
-def sweep_columns(
-    w: Tensor, u: Tensor, width: int, quantize_block: Callable[[Tensor, int], Tensor], panel: int = 128
-) -> Tensor:
-    """Sweep `width` columns at a time: E = (W_J - Q_J) U_JJ^-1, W_{>J} -= E U_{J,>J} (block OBS).
-
-    Args:
-        w: [N, K] fp32, in the order of the sweep; not changed.
-        u: [K, K] with UᵀU = (H + λI)^-1 in that order.
-        width: columns that are quantized together; the last run may be short.
-        quantize_block: (compensated columns [N, d], first column) → their quantized values [N, d].
-        panel: columns between two updates of all that follow, a multiple of the width or less than it.
-
-    Returns:
-        Q [N, K].
-    """
-    k = w.shape[1]
-    rest, out = w.clone(), torch.empty_like(w)
-    step = max(width, panel // width * width)
-    for a in range(0, k, step):
-        b = min(a + step, k)
-        error = torch.empty((len(w), b - a), dtype=w.dtype, device=w.device)
-        for i in range(a, b, width):
-            j = min(i + width, b)
-            out[:, i:j] = quantize_block(rest[:, i:j], i)
-            e = torch.linalg.solve_triangular(u[i:j, i:j], rest[:, i:j] - out[:, i:j], upper=True, left=False)
-            error[:, i - a : j - a] = e
-            rest[:, j:b] -= e @ u[i:j, j:b]
-        rest[:, b:] -= error @ u[a:b, b:]
-    return out
