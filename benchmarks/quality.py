@@ -1,6 +1,7 @@
 """Quality per bit: numfit's types and algorithms against llama.cpp with an importance matrix, at true bits, in one table.
 
-    python benchmarks/quality.py --calibration CALIB.txt --text VALID.txt [--model smollm2|qwen-0.5b|qwen-1.5b|DIR] [--only REGEX]
+    python benchmarks/quality.py --calibration CALIB.txt --text VALID.txt [--model smollm2|qwen-0.5b|qwen-1.5b|DIR]
+                                 [--only REGEX]
                                  [--windows 8] [--llama-cpp SITE_PACKAGES] [--work DIR] [--svg FILE] [--markdown FILE]
 
 Each row is a checkpoint: quantized, written, read back, and compared with the original on `--windows` windows of 1024 tokens of
