@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import math
 import re
@@ -50,7 +51,9 @@ from numfit.checkpoint.safetensors_file import Slot
 from numfit.demo import models
 from numfit.evaluation import Reference, evaluate
 from numfit.evaluation.reference import release_memory
+from numfit.formats import format as named_format
 from numfit.pipeline import quantize
+from numfit.pipeline.recipe import Parts, choose
 from numfit.report import Column, Line, Point, frontier, markdown_table, scatter, text_table
 
 CONTEXT = 1024
@@ -97,7 +100,14 @@ SMOLLM2 = [
     numfit("int4-g128", "balanced"),
     *(numfit("int4-g128", "balanced", solver=f"gptq+{step}") for step in ("alternate", "descent")),
     numfit("int4-g128", "balanced", transform="awq"),
+    numfit("int4-g128", "balanced", transform="smooth"),
+    numfit("int4-g128", "balanced", transform="osplus"),
+    numfit("int4-g128", "balanced", transform="fold"),
+    numfit("int4-g128+sparse10", "balanced"),
     numfit("int4-g128", "balanced", propagate="quantized", gptaq=0.25),
+    numfit("km4-row", "balanced"),
+    numfit("any4-g128", "balanced"),
+    numfit("int3-g128", "balanced"),
     numfit("trellis3+rot", "quality"),
     # whole layers learned: slow
     numfit("trellis2+rot", "extreme"),
@@ -168,6 +178,14 @@ def ggml_directory(llama: Any, kind: str, model: Path, statistics: Path, out: Pa
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
+def takes_original_inputs(fmt: str, options: dict[str, Any]) -> bool:
+    """Whether statistics of the original model serve a row; others gather their own, layer after layer."""
+    known = {name.name for name in dataclasses.fields(Parts)}
+    _, parts = choose(options["recipe"], {key: value for key, value in options.items() if key in known}, True)
+    assert parts is not None
+    return parts.settled(named_format(fmt)).propagate != "quantized"
+
+
 def measure(row: Row, args: argparse.Namespace, model: Path, reference: Reference, llama: Any) -> dict[str, Any]:
     """One line of the table."""
     started = time.monotonic()
@@ -181,11 +199,16 @@ def measure(row: Row, args: argparse.Namespace, model: Path, reference: Referenc
         else:
             options = dict(row.options)
             if options.pop("data"):
-                options |= {"calibration": args.calibration, "statistics": statistics}
+                options = {"windows": 32, "context": 1024, "device": args.device} | options  # the same text on every device
+                options |= {"calibration": args.calibration}
+                if takes_original_inputs(row.format, options):
+                    options["statistics"] = statistics
             made = quantize(model, row.format, out, embedding="keep", progress=not args.quiet, **options)
             bits, notes = made["totals"]["linears"]["bits_per_weight"], made["warnings"]
         minutes = (time.monotonic() - started) / 60
-        result = evaluate(out, args.text, reference=reference, activations="exact", progress=not args.quiet)
+        result = evaluate(
+            out, args.text, reference=reference, activations="exact", device=args.device, progress=not args.quiet
+        )
         release_memory()
     keys = ("ppl", "kl_mean", "kl_se", "kl_median", "kl_p99", "top1")
     return {"row": row.name, "bits": bits, **{key: result[key] for key in keys}, "minutes": minutes, "notes": notes}
@@ -264,6 +287,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", help="results and statistics (default: beside the model)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the front")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--device", metavar="DEVICE", help="where layers run, are learned and are measured (default: the CPU)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     args = parser.parse_args()
     model, rows = rows_of(args)
@@ -276,7 +300,8 @@ def main() -> None:
     if wanted:
         llama = peer.api(args.llama_cpp) if any(row.ggml for row in wanted) else None
         with Reference(
-            model, args.text, windows=args.windows, context=CONTEXT, directory=args.work / "reference", noise_floor=False
+            model, args.text, windows=args.windows, context=CONTEXT, device=args.device, directory=args.work / "reference",
+            noise_floor=False,
         ) as reference:
             print(f"the original: perplexity {reference.summary['ppl']:.4f}", flush=True)
             for row in wanted:

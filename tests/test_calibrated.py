@@ -22,6 +22,7 @@ from numfit.formats import format as named
 from numfit.formats import quantize_tensor
 from numfit.pipeline import costs, layers, quantize, walk
 from numfit.pipeline.planning import make_plan
+from numfit.pipeline.prepare import prepare
 from numfit.pipeline.recipe import PRESETS, Parts, read_recipe
 from numfit.runtime.modules import decode_model
 
@@ -547,3 +548,36 @@ def test_plan_command_tells_a_calibrated_run(tmp_path: Path, capsys: pytest.Capt
     assert main([*options, "--json"]) == 0
     estimate = json.loads(capsys.readouterr().out)["estimate"]
     assert set(estimate) == {"peak_bytes", "seconds", "parts", "state_bytes"} and estimate["parts"]["solving"] > 0
+
+
+# -- another device ----------------------------------------------------------------------------------------------------
+
+
+def test_another_device_takes_more_of_the_text(tmp_path: Path) -> None:
+    """By default, and neither where a number is given nor where a recipe's file says it. Nothing is computed here."""
+    source = model_at(tmp_path / "model")
+
+    def windows(device: str | None, recipe: str | Path | None = "balanced", **parts: Any) -> tuple[int, int]:
+        given: dict[str, Any] = {"embedding": "keep"}
+        _, _, task = prepare(source, "int4-g32", None, given, TEXT, recipe, None, parts, device)
+        assert task is not None and task.device.type == (device or "cpu")
+        return task.parts.windows, task.parts.context
+
+    assert windows(None) == windows("cpu") == (32, 1024) and windows("meta") == (128, 128)  # its positions
+    edit_config(source, lambda config: config.update(max_position_embeddings=10**4))
+    assert windows("meta", windows=3) == (3, 2048) and windows("meta", context=50) == (128, 50)
+    (tmp_path / "recipe.yaml").write_text("format: int4-g32\nsolver: gptq\nwindows: 5\ncontext: 6\n")
+    assert windows("meta", tmp_path / "recipe.yaml") == (5, 6)
+
+
+def test_devices_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, text = model_at(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = ["quantize", str(source), "-f", "int4-g32", "-o", str(tmp_path / "out"), "--device"]
+    for device, more, sentence in (
+        ("abacus", ["--calibration", str(text)], "cannot use the device 'abacus'"),
+        ("cpu", [], "pass --calibration"),
+    ):
+        assert main([*command, device, *more]) != 0
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

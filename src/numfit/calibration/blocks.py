@@ -160,12 +160,13 @@ class Blocks:
         return calls
 
     def run(self, k: int, hidden: Tensor) -> Tensor:
-        """Layer k on hidden states [b, T, C], with gradients if they are asked for."""
+        """Layer k on hidden states [b, T, C] from any device, with gradients if they are asked for."""
         return self.run_with(k, {}, hidden)
 
     def run_with(self, k: int, parameters: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """As `run`, with other values for some parameters, by their names within the layer."""
         args, kwargs = self._rest[k]
+        hidden = hidden.to(self.device)
         if "hidden_states" in kwargs:
             kwargs = {**kwargs, "hidden_states": hidden}
         else:

@@ -80,11 +80,12 @@ class Accumulator:
         self.maximum = torch.maximum(self.maximum, x.amax(0).float())
 
     def finish(self) -> Statistics:
-        """The statistics so far."""
+        """The statistics so far, in the memory of the CPU, where they are solved with and kept."""
         scale = 2 / max(1, self.tokens)
-        mean = (self.sums / max(1, self.tokens)).float()
-        cross = None if self.cross is None else (self.cross * scale).float()
-        return Statistics(self.tokens, (self.moment * scale).float(), mean[0], mean[1], self.minimum, self.maximum, cross)
+        mean = (self.sums / max(1, self.tokens)).float().cpu()
+        cross = None if self.cross is None else (self.cross * scale).float().cpu()
+        h, low, high = (self.moment * scale).float().cpu(), self.minimum.cpu(), self.maximum.cpu()
+        return Statistics(self.tokens, h, mean[0], mean[1], low, high, cross)
 
 
 Key = tuple[str, int | None]  # a parameter of the model, and which expert of it

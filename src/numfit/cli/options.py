@@ -36,7 +36,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--shard-size", metavar="SIZE", help="largest output file (default 5GB)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    group = parser.add_argument_group("calibration", "what a text does to the model, and what is made of it; all on the CPU")
+    group = parser.add_argument_group("calibration", "what a text does to the model, and what is made of it")
     group.add_argument(
         "--calibration", metavar="TEXT", help="a UTF-8 text file, or hub:DATASET[:CONFIG[:SPLIT]] (needs the extra 'data')"
     )
@@ -74,8 +74,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--retarget", type=float, metavar="X", help="share of upstream error to compensate (default 0)")
     group.add_argument("--gptaq", type=float, metavar="X", help="the same inside gptq's sweep (default 0, often 0.25)")
     group.add_argument("--rescomp", type=float, metavar="X", help="of ResComp's term in gptq's sweep (default 0, often 0.25)")
-    group.add_argument("--windows", type=int, metavar="N", help="of the calibration text (default 32)")
-    group.add_argument("--context", type=int, metavar="N", help="tokens a window (default 1024)")
+    group.add_argument("--windows", type=int, metavar="N", help="of the calibration text (default 32; 128 on a GPU)")
+    group.add_argument("--context", type=int, metavar="N", help="tokens a window (default 1024; 2048 on a GPU)")
+    group.add_argument(
+        "--device", metavar="DEVICE",
+        help="where layers run on the text and are learned, for instance cuda (default: the CPU, which does all else)",
+    )  # fmt: skip
     group.add_argument("--statistics", metavar="DIR", help="keep the statistics there, for other runs on the same text")
 
 
@@ -84,7 +88,7 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "bits", "embedding", "rules", "skip", "scale_rule", "shard_size", "threads", "calibration", "recipe", "solver", "order",
         "damp", "ridge", "importance", "transform", "bias_correction", "reconstruct", "iterations", "propagate", "retarget",
-        "gptaq", "rescomp", "windows", "context", "statistics",
+        "gptaq", "rescomp", "windows", "context", "statistics", "device",
     )  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if not given.get("calibration", "hub:").startswith("hub:"):

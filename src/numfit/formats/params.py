@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 from numfit.formats.format import Format
@@ -36,6 +37,11 @@ class Params:
     def effective_scale(self) -> Tensor:
         """scale · parent, rounded once to fp32: the first operation of decoding."""
         return self.scale if self.parent is None else self.scale * self.parent
+
+    def to(self, device: torch.device) -> Params:
+        """The same on another device."""
+        held = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(self, **held)
 
 
 def family(fmt: Format, params: Params) -> tuple[Grid, ...]:

@@ -24,7 +24,7 @@ from numfit.calibration import Blocks, Statistics
 from numfit.checkpoint.source import Source
 from numfit.errors import CheckpointError
 from numfit.formats import Format
-from numfit.pipeline.learn import learn, options
+from numfit.pipeline.learn import CPU, learn, options
 from numfit.pipeline.linear import Solved, finish, solve_linear, solver_options
 from numfit.pipeline.planning import Plan, PlannedTensor
 from numfit.pipeline.recipe import Parts
@@ -109,12 +109,12 @@ def calibrated(source: Source, plan: Plan, task: Calibration) -> Costs:
     heads = config.num_attention_heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
     forward = [2 * context * layer.seen + 4 * context * context * heads for layer in layers]  # operations a window
     inner = max((t.shape[-2] for layer in layers for t, _ in layer.weights), default=width)
-    rates = _rates(context, width, inner, learned=parts.reconstruct != "none")
+    rates = _rates(context, width, inner, parts.reconstruct != "none", task.device)
 
     passes, sums = _passes(parts)
     through = count * sum(forward) / rates.forward  # seconds that all windows take through all layers
     summed = sum(2 * count * context * share * k * k * n for layer in layers for k, share, n in layer.inputs) / rates.moment
-    solving, updates = _solving(source, plan, layers, parts)
+    solving, updates = _solving(source, plan, layers, parts, task.device)
     seconds = {"statistics": passes * through + sums * summed, "solving": solving, "learning": 0.0}
     if parts.reconstruct != "none":
         how, rounds = options(parts, count, 4), 1
@@ -192,13 +192,13 @@ class _Rates:
     learn: float
 
 
-def _rates(context: int, width: int, inner: int, learned: bool) -> _Rates:
+def _rates(context: int, width: int, inner: int, learned: bool, device: torch.device) -> _Rates:
     """Measured on a small layer like the model's: attention of one head, a gated network, a norm before each."""
     tokens = min(context, 256)
     shrink = max(1.0, (6 * tokens * width * inner / PIECE) ** 0.5)
     c, inner = max(64, int(width / shrink) & ~63), max(64, int(inner / shrink) & ~63)
-    x, up, gate = torch.randn(tokens, c), torch.randn(inner, c) / c**0.5, torch.randn(inner, c) / c**0.5
-    down, moment = torch.randn(c, inner) / inner**0.5, torch.zeros(c, c)
+    x, up, gate, down = (torch.randn(*shape, device=device) for shape in ((tokens, c), (inner, c), (inner, c), (c, inner)))
+    up, gate, down, moment = up / c**0.5, gate / c**0.5, down / inner**0.5, torch.zeros(c, c, device=device)
     operations = 6 * tokens * c * inner + 4 * tokens * tokens * c
 
     def layer() -> Tensor:
@@ -208,38 +208,43 @@ def _rates(context: int, width: int, inner: int, learned: bool) -> _Rates:
         return h + F.linear(F.silu(F.linear(z, gate)) * F.linear(z, up), down)
 
     def learning() -> None:
-        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16(x.device)):
+        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
             loss = layer().float().square().mean()
         torch.autograd.grad(loss, [up, gate, down])
 
     with torch.no_grad():
-        forward = operations / _fastest(layer)
-        square = 2 * tokens * c * c / _fastest(lambda: moment.addmm_(x.T, x))
+        forward = operations / _fastest(layer, device)
+        square = 2 * tokens * c * c / _fastest(lambda: moment.addmm_(x.T, x), device)
     if not learned:
         return _Rates(forward, square, forward)
     for weight in (up, gate, down):
         weight.requires_grad_()
-    return _Rates(forward, square, 3 * operations / _fastest(learning))
+    return _Rates(forward, square, 3 * operations / _fastest(learning, device))
 
 
-def _fastest(run: Callable[[], Any]) -> float:
+def _fastest(run: Callable[[], Any], device: torch.device = CPU) -> float:
     """Seconds of the fastest of as many runs as a moment holds, and at least three: others may be using the machine."""
     end, least, runs = time.perf_counter() + MOMENT, float("inf"), 0
     while runs < 3 or time.perf_counter() < end:
         started = time.perf_counter()
         run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         least, runs = min(least, time.perf_counter() - started), runs + 1
     return least
 
 
-def _solving(source: Source, plan: Plan, layers: list[Layer], parts: Parts) -> tuple[float, float]:
+def _solving(
+    source: Source, plan: Plan, layers: list[Layer], parts: Parts, device: torch.device
+) -> tuple[float, float]:
     """Seconds that solving all layers takes, and one step of learning beside the layers' own passes."""
     solving = updates = 0.0
     everything = [tensor for layer in layers for tensor in layer.quantized]
     for fmt in dict.fromkeys(tensor.format for tensor in everything):
         assert fmt is not None
         mine = [tensor for tensor in everything if tensor.format == fmt]
-        cost, factor, learned = _solve_rates(source.read(mine[0].name), fmt, parts, plan.recipe["scale_rule"])
+        weight, rule = source.read(mine[0].name), plan.recipe["scale_rule"]
+        cost, factor, learned = _solve_rates(weight, fmt, parts, rule, device)
         for tensor in mine:
             k, matrices = tensor.shape[-1], tensor.shape[0] if len(tensor.shape) == 3 else 1
             solving += tensor.weights * (cost[0] + cost[1] * k) + matrices * factor * k**3
@@ -247,7 +252,9 @@ def _solving(source: Source, plan: Plan, layers: list[Layer], parts: Parts) -> t
     return solving, updates
 
 
-def _solve_rates(weight: Tensor, fmt: Format, parts: Parts, rule: str) -> tuple[tuple[float, float], float, float]:
+def _solve_rates(
+    weight: Tensor, fmt: Format, parts: Parts, rule: str, device: torch.device
+) -> tuple[tuple[float, float], float, float]:
     """((a, b), c, d) of the module's docstring, measured on a corner of a weight with inputs drawn at random."""
     block = fmt.block if isinstance(fmt.block, int) else 1  # pieces hold whole ones
     columns = max(COLUMNS // block, 1) * block
@@ -273,18 +280,19 @@ def _solve_rates(weight: Tensor, fmt: Format, parts: Parts, rule: str) -> tuple[
 
     whole, half = seconds(k), seconds(narrow) if narrow else 0.0
     b = max(0.0, (whole - half) / (k - narrow)) if half else 0.0
-    learned = _learning(solved(k), parts) / flat.numel() if parts.reconstruct != "none" else 0.0
+    learned = _learning(solved(k), parts, device) / flat.numel() if parts.reconstruct != "none" else 0.0
     return (whole - b * k, b), factor(k) / k**3, learned
 
 
-def _learning(item: Solved, parts: Parts) -> float:
+def _learning(item: Solved, parts: Parts, device: torch.device) -> float:
     """Seconds of a step of learning one linear, where hardly any token runs through it."""
     how = "tune" if parts.reconstruct == "progressive" else parts.reconstruct
     x = torch.randn(2, 4, item.weight.shape[1])
 
     def run(steps: int) -> float:
         chosen = replace(parts, reconstruct=how, iterations=steps)
-        return _fastest(lambda: learn(lambda w, x: F.linear(x, w[item.name]), [item], x, x @ item.weight.T, chosen))
+        y = x @ item.weight.T
+        return _fastest(lambda: learn(lambda w, x: F.linear(x.to(device), w[item.name]), [item], x, y, chosen, device))
 
     return max(0.0, run(3 * LEARNED) - run(LEARNED)) / (2 * LEARNED)
 

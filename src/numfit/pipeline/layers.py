@@ -48,7 +48,7 @@ class Walk:
         self.directory = partial / LAYERS
         self.directory.mkdir(exist_ok=True)
         self.results = Results(self.directory)
-        self.blocks = Blocks(source, plan.config)
+        self.blocks = Blocks(source, plan.config, task.device)
         self.windows, self.notes = calibration_windows(
             self.blocks.tokenizer, task.text, parts.windows, parts.context, str(plan.config.get("model_type", ""))
         )
@@ -147,7 +147,7 @@ class Walk:
                 solved = self._solve(k, mine, tensors, statistics, notes)
             if self.parts.reconstruct != "none":
                 with timed("learning"):
-                    solved = learn(self._runner(k, tensors), solved, *self._inputs_and_targets(k), self.parts)
+                    solved = learn(self._runner(k, tensors), solved, *self._inputs_and_targets(k), self.parts, blocks.device)
         planes: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         effective: dict[str, Tensor] = {}
@@ -302,6 +302,7 @@ class Walk:
         base = {**tensors, **{item.name: finish(item).dequantize() for item in alone}}
 
         def solve(group: Sequence[str], current: Mapping[str, Tensor]) -> list[Solved]:
+            current = {name: weight.cpu() for name, weight in current.items()}
             self.blocks.install(k, {**base, **current})
             seen = self._gather(k, set(group), quantized=True)
             return self._solve(k, [planned[name] for name in group], current, seen, notes)
@@ -312,7 +313,8 @@ class Walk:
         fmt = planned[named[0]].format
         assert fmt is not None
         learned = learn_in_turn(
-            self._runner(k, base), list(groups.values()), weights, solve, *self._inputs_and_targets(k), self.parts, fmt.bits
+            self._runner(k, base), list(groups.values()), weights, solve, *self._inputs_and_targets(k), self.parts, fmt.bits,
+            self.blocks.device,
         )
         return [*alone, *learned]
 

@@ -21,17 +21,21 @@ Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 Solve = Callable[[Sequence[str], Mapping[str, Tensor]], list[Solved]]
 # What a trellis decodes to: int8 levels under one scale a row.
 LEVELS = Format("levels", 8, (Grid("levels", tuple(LEVEL * level for level in range(-128, 128))),), block="row")
+CPU = torch.device("cpu")
 HOLDOUT = 4  # of the windows, which choose the best step and are not learned from
 
 
-def learn(run: Run, solved: Sequence[Solved], inputs: Tensor, targets: Tensor, parts: Parts) -> list[Solved]:
+def learn(
+    run: Run, solved: Sequence[Solved], inputs: Tensor, targets: Tensor, parts: Parts, device: torch.device = CPU
+) -> list[Solved]:
     """Learn the codes and scales of a layer whose linears are solved.
 
     Args:
         inputs: hidden states of the model quantized so far [n, T, C]. targets: of the original model, behind the layer.
+        device: where `run` computes, and where what is learned lies while it is; the result is on the CPU.
     """
-    states = {item.name: state(item) for item in solved if item.packed is None}
-    fixed = {item.name: item.packed.dequantize() for item in solved if item.packed is not None}
+    states = {item.name: state(item, device) for item in solved if item.packed is None}
+    fixed = {item.name: item.packed.dequantize().to(device) for item in solved if item.packed is not None}
     if not states:
         return list(solved)
     how = options(parts, len(inputs), solved[0].format.bits)
@@ -41,22 +45,23 @@ def learn(run: Run, solved: Sequence[Solved], inputs: Tensor, targets: Tensor, p
 
 def learn_in_turn(
     run: Run, groups: Sequence[Sequence[str]], weights: Mapping[str, Tensor], solve: Solve, inputs: Tensor, targets: Tensor,
-    parts: Parts, bits: int,
+    parts: Parts, bits: int, device: torch.device = CPU,
 ) -> list[Solved]:  # fmt: skip
     """Solve groups of linears in turn; after each, what is not solved yet learns to make up for the loss.
 
     Args:
         groups: names, in the order in which the layer applies them. weights: of all of them, fp32.
-        solve: the linears of a group, given all weights as they stand. bits: of their codes.
+        solve: the linears of a group, given all weights as they stand. bits: of their codes. device: as for `learn`.
     """
     items: dict[str, Solved] = {}
 
     def states(group: Sequence[str], current: Mapping[str, Tensor]) -> dict[str, State]:
         found = {item.name: item for item in solve(group, current)}
         items.update(found)
-        return {name: state(item) for name, item in found.items()}
+        return {name: state(item, device) for name, item in found.items()}
 
-    after, _ = progressive(run, groups, weights, states, inputs, targets, options(parts, len(inputs), bits))
+    there = {name: weight.to(device) for name, weight in weights.items()}
+    after, _ = progressive(run, groups, there, states, inputs, targets, options(parts, len(inputs), bits))
     return [updated(item, after) for item in items.values()]
 
 
@@ -70,8 +75,8 @@ def options(parts: Parts, windows: int, bits: int) -> Options:
     return Options(parts.reconstruct, steps, batch=1, holdout=holdout, trust=0.75)
 
 
-def state(item: Solved) -> State:
-    """What reconstruction needs of a linear."""
+def state(item: Solved, device: torch.device = CPU) -> State:
+    """What reconstruction needs of a linear, on a device."""
     rotation = item.format.side.rotation
 
     def effective(w: Tensor) -> Tensor:
@@ -80,12 +85,12 @@ def state(item: Solved) -> State:
     base, codes, trellis = item.format.base, item.codes, item.format.trellis
     if trellis is not None:  # to learning it is a row scale and fixed levels
         base, codes = LEVELS, (decode_levels(trellis, codes).int() + 128).to(torch.uint8)
-    return State(item.name, base, codes, item.params, item.weight, effective)
+    return State(item.name, base, codes.to(device), item.params.to(device), item.weight.to(device), effective)
 
 
 def updated(item: Solved, after: Mapping[str, State]) -> Solved:
     """A linear with what was learned."""
     if item.name not in after:
         return item
-    codes = item.codes if item.format.trellis is not None else after[item.name].codes
-    return replace(item, codes=codes, params=after[item.name].params)
+    codes = item.codes if item.format.trellis is not None else after[item.name].codes.cpu()
+    return replace(item, codes=codes, params=after[item.name].params.to(CPU))

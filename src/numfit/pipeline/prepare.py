@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from numfit.checkpoint.source import Source, open_source
+from numfit.devices import as_device
 from numfit.errors import OptionError
 from numfit.formats import Format
 from numfit.pipeline.choice import plan_for
@@ -16,7 +19,7 @@ from numfit.pipeline.estimate import measure
 from numfit.pipeline.linear import solver_options
 from numfit.pipeline.options import as_format
 from numfit.pipeline.planning import Plan, PlannedTensor
-from numfit.pipeline.recipe import Parts, choose
+from numfit.pipeline.recipe import FAST_CONTEXT, Parts, choose
 from numfit.pipeline.results import Calibration, read_calibration
 from numfit.threads import cpu_threads
 
@@ -30,27 +33,34 @@ def prepare(
     recipe: str | Path | None,
     statistics: str | Path | None,
     parts: Mapping[str, Any],
+    device: torch.device | str | None = None,
 ) -> tuple[Source, Plan, Calibration | None]:
     """The opened source, the plan, and the calibrated part of the run where there is a text.
 
     Args:
         given: options of `make_plan`; what is None is the recipe's, or else the default.
-        bits, calibration, recipe, statistics, parts: as for `quantize`.
+        bits, calibration, recipe, statistics, parts, device: as for `quantize`.
 
     Raises:
         NumfitError: whatever of it cannot be; nothing has been written then.
     """
-    options, chosen = choose(recipe, parts, calibration is not None)
+    place = as_device(device or "cpu")
+    source = open_source(model)
+    options, chosen = choose(recipe, parts, calibration is not None, None if place.type == "cpu" else _positions(source))
     options |= {key: value for key, value in given.items() if value is not None}
     options |= {key: [options[key]] for key in ("rules", "skip") if isinstance(options.get(key), str)}
     format = format or options.get("format")
     recorded = options.pop("calibration", None)
     options.pop("format", None)
-    source = open_source(model)
     plan = plan_for(source, format, bits, str(recipe) if recipe else None, calibration is not None, **options)
     if chosen is None:
         if statistics:
             raise OptionError("--statistics keeps what a text does to the inputs of linears: pass one with --calibration FILE")
+        if device:
+            raise OptionError(
+                "--device says where layers run on a text, and rounding without one needs the CPU alone: pass --calibration "
+                "FILE, or leave it out"
+            )
         return source, plan, None
     assert calibration is not None
     settled = chosen.settled(as_format(plan.recipe["format"]))
@@ -69,12 +79,18 @@ def prepare(
     for tensor in plan.quantized:  # what cannot be shall be said before anything is read
         if tensor.format and tensor.role in ("linear", "experts"):
             check_solvable(tensor, settled, plan.recipe["scale_rule"])
-    task = Calibration(settled, read_calibration(calibration), Path(statistics) if statistics else None)
+    task = Calibration(settled, read_calibration(calibration), Path(statistics) if statistics else None, place)
     warnings = plan.warnings
     if recorded not in (None, task.recipe["calibration"]):
         now = task.recipe["calibration"]
         warnings += (f"the recipe was recorded with '{recorded}' and this is '{now}': the result will not be the same",)
     return source, replace(plan, recipe={**plan.recipe, **task.recipe}, warnings=warnings), task
+
+
+def _positions(source: Source) -> int:
+    """How many tokens a window can hold."""
+    config = source.config()
+    return int(config.get("text_config", config).get("max_position_embeddings") or FAST_CONTEXT)
 
 
 def check_solvable(tensor: PlannedTensor, parts: Parts, rule: str) -> None:
@@ -115,6 +131,7 @@ def plan(
     calibration: str | Path | None = None,
     recipe: str | Path | None = None,
     statistics: str | Path | None = None,
+    device: torch.device | str | None = None,
     **parts: Any,
 ) -> Plan:
     """What `quantize` with the same arguments would do, with an estimate of its memory and time. Writes nothing.
@@ -131,7 +148,7 @@ def plan(
         shard_size: largest output file, as "5GB" (the default), "500MB" or a number of bytes.
         threads: CPU threads; None leaves torch's setting.
         estimate: measure small pieces for memory and time, which takes a few seconds.
-        calibration, recipe, statistics, parts: as for `quantize`.
+        calibration, recipe, statistics, device, parts: as for `quantize`.
 
     Raises:
         CheckpointError: the source is damaged. FormatError: an unknown format.
@@ -140,5 +157,5 @@ def plan(
     """
     given = {"embedding": embedding, "rules": rules, "skip": skip, "scale_rule": scale_rule, "shard_size": shard_size}
     with cpu_threads(threads):
-        source, result, task = prepare(model, format, bits, given, calibration, recipe, statistics, parts)
+        source, result, task = prepare(model, format, bits, given, calibration, recipe, statistics, parts, device)
         return replace(result, estimate=measure(source, result, task)) if estimate else result

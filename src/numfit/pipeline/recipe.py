@@ -107,6 +107,7 @@ PRESETS = {
     "quality": Parts(solver="best"),
     "extreme": Parts(solver="gptq", reconstruct="auto", propagate="quantized"),
 }
+FAST_WINDOWS, FAST_CONTEXT = 128, 2048  # of the text, by default, where layers run on an accelerator
 # What a recipe file says beside the parts: the options of `quantize` that need no text.
 COMMON = ("format", "embedding", "rules", "skip", "scale_rule", "shard_size")
 
@@ -174,19 +175,25 @@ def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
     path.write_text(f"# numfit quantize MODEL --recipe THIS_FILE --calibration TEXT -o OUT\n{text}", encoding="utf-8")
 
 
-def choose(recipe: str | Path | None, given: Mapping[str, Any], with_text: bool) -> tuple[dict[str, Any], Parts | None]:
+def choose(
+    recipe: str | Path | None, given: Mapping[str, Any], with_text: bool, fast: int | None = None
+) -> tuple[dict[str, Any], Parts | None]:
     """The recipe's common options and the parts that hold in the end.
 
     Args:
         recipe: a name, a file, or None for "balanced" where there is a text.
         given: parts that were chosen one by one; they win over the recipe.
         with_text: whether there is a calibration text.
+        fast: layers run on something faster than a CPU, so that more of the text is affordable, unless a number is given: in
+            windows of no more than so many tokens.
 
     Raises:
         OptionError: parts that need a text where there is none.
     """
     options, parts = read_recipe(recipe) if recipe else ({}, PRESETS["balanced" if with_text else "fast"])
     chosen = {key: value for key, value in given.items() if value is not None}
+    if fast and not options:  # a recipe's file says how much text it takes
+        parts = replace(parts, windows=FAST_WINDOWS, context=min(fast, FAST_CONTEXT))
     parts = replace(parts, **chosen)
     if with_text:
         return options, parts

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from numfit.checkpoint.packed import plane_name
@@ -22,11 +23,12 @@ from numfit.text import read_dataset, read_text
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibrated part of a run: what is done, on which text, and where statistics are kept, if they are."""
+    """The calibrated part of a run: what is done on which text, where statistics are kept (if they are), where layers run."""
 
     parts: Parts
     text: str
     statistics: Path | None = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (a value)
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def quantize(
     calibration: str | Path | None = None,
     recipe: str | Path | None = None,
     statistics: str | Path | None = None,
+    device: torch.device | str | None = None,
     **parts: Any,
 ) -> dict[str, Any]:
     """Quantize a model to a packed checkpoint. A run that was killed is resumed by the same call.
@@ -80,6 +81,8 @@ def quantize(
         calibration: a text file (or the text itself), or "hub:DATASET[:CONFIG[:SPLIT]]"; None rounds without data.
         recipe: "fast", "balanced", "quality", "extreme", or the path of a recipe.yaml.
         statistics: keep the statistics of the linears' inputs in this directory, for other runs on the same text.
+        device: where layers run on the text and are learned, for instance "cuda"; None is the CPU, which does all else. With
+            another one, 128 windows of 2048 tokens are taken unless `windows` and `context` or a recipe's file say otherwise.
         parts: fields of `recipe.Parts`, each of which wins over the recipe.
 
     Returns:
@@ -93,7 +96,7 @@ def quantize(
     """
     given = {"embedding": embedding, "rules": rules, "skip": skip, "scale_rule": scale_rule, "shard_size": shard_size}
     with cpu_threads(threads):
-        source, plan, task = prepare(model, format, bits, given, calibration, recipe, statistics, parts)
+        source, plan, task = prepare(model, format, bits, given, calibration, recipe, statistics, parts, device)
         return _carry_out(source, plan, out, progress, task)
 
 

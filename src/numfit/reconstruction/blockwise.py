@@ -33,7 +33,8 @@ from numfit.reconstruction.state import Options, Report, State, check_states, ch
 from numfit.reconstruction.tune import FixedRounding
 
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-_CHUNK = 1 << 16  # weights worked on at a time: what the passes of a step share stays in a core's cache
+# Weights worked on at a time: on a CPU what the passes of a step share stays in a core's cache; elsewhere calls are what costs.
+_CHUNK, _CHUNK_ELSEWHERE = 1 << 16, 1 << 26
 
 
 class Rounding(Protocol):
@@ -54,6 +55,10 @@ class _Linear:
     low_rank: list[Tensor]  # fp32 [N, r], [r, K]; empty where there is none
     adam: list[Adam]  # theirs, where they move
 
+    @property
+    def chunk(self) -> int:
+        return _CHUNK if self.state.w.device.type == "cpu" else _CHUNK_ELSEWHERE
+
     def _stored(self, factor: Tensor) -> Tensor:
         """A low-rank factor as it will be stored, where it moves."""
         return _half(factor) if self.adam else factor
@@ -63,7 +68,7 @@ class _Linear:
         n, k = self.state.w.shape
         run = self.state.fmt.geometry(k).block
         out = torch.empty((n, k), dtype=dtype, device=self.state.w.device)
-        for s in row_chunks(n, k, _CHUNK):
+        for s in row_chunks(n, k, self.chunk):
             value = scaled(self.rounding.values(s), rows_of(self.scales.effective, s), run)
             if self.low_rank:
                 value += self._stored(self.low_rank[0][s]) @ self._stored(self.low_rank[1])
@@ -76,7 +81,7 @@ class _Linear:
         g = self.state.fmt.geometry(k)
         effective = self.scales.effective
         by_scale = torch.zeros_like(effective)
-        for s in row_chunks(n, k, _CHUNK):
+        for s in row_chunks(n, k, self.chunk):
             part = gradient[s].to(torch.float32, copy=True)
             if lr_scale:
                 sums = run_sums(part * self.rounding.values(s), g.block, effective.shape[1])
@@ -117,7 +122,8 @@ def reconstruct(
         run: runs the block on x [b, T, C] with the named weights in place of its own. It is called with gradients on, and
             must be differentiable by the weights; where bf16 is used, under autocast.
         states: linear → where it starts.
-        inputs: what the block will see, [S, T, C] (usually of the model whose earlier blocks are quantized already).
+        inputs: what the block will see, [S, T, C] (usually of the model whose earlier blocks are quantized already). Windows
+            go to the device of the states one batch at a time.
         targets: what it should make of them, [S, T, C'] (usually of the unquantized model).
         options: see `Options`.
         progress: called after each step with (step, training loss).
@@ -135,7 +141,8 @@ def reconstruct(
     o = options
     learn, judge = _split(len(inputs), o.holdout)
     clock = {"forward": 0.0, "backward": 0.0, "update": 0.0, "checks": 0.0}
-    low = fast_bf16(inputs.device) if o.bf16 is None else o.bf16
+    device = next(iter(states.values())).w.device
+    low = fast_bf16(device) if o.bf16 is None else o.bf16
     linears = {name: _start(name, state, o) for name, state in states.items()}
     others = {name: value.detach().float().clone().requires_grad_() for name, value in (extra or {}).items()}
     mover = _adam(others, o)
@@ -153,7 +160,7 @@ def reconstruct(
             queue += [learn[i] for i in torch.randperm(len(learn), generator=generator).tolist()]
         chosen, queue = queue[: o.batch], queue[o.batch :]
         loss, gradients = _gradients(
-            run, linears, others, inputs[chosen].float(), targets[chosen].float(), o, low, start, clock
+            run, linears, others, inputs[chosen].to(device).float(), targets[chosen].to(device).float(), o, low, start, clock
         )
         begin = time.perf_counter()
         done = (step + 0.5) / o.iterations
@@ -273,11 +280,12 @@ def _loss(
 ) -> float:  # fmt: skip
     """The true loss of stored states: fp32, no element dropped."""
     weights = {name: weight(state) for name, state in states.items()} | dict(extra)
+    device = next(iter(states.values())).w.device
     total, count = 0.0, 0
     for i in range(0, len(windows), o.batch):
         chosen = windows[i : i + o.batch]
-        y = targets[chosen].float()
-        error = _error(run(weights, inputs[chosen].float()).float() - y, y, o)
+        y = targets[chosen].to(device).float()
+        error = _error(run(weights, inputs[chosen].to(device).float()).float() - y, y, o)
         total, count = total + float(error.double().sum()), count + error.numel()
     value = total / count
     if value != value or value == float("inf"):

@@ -16,6 +16,7 @@ import torch
 from numfit.checkpoint import open_source, resolve_model
 from numfit.checkpoint.index import some
 from numfit.checkpoint.source import TOKENIZER_FILES
+from numfit.devices import as_device
 from numfit.errors import CheckpointError, OptionError, require
 from numfit.runtime.modules import check_activations, loading_with, use_kernels
 
@@ -57,7 +58,7 @@ def load(
         OptionError: an unknown dtype or kind of activations, or a device that this machine does not have.
         MissingExtraError: transformers is not installed.
     """
-    wanted, place = _dtype(dtype), _device(device)
+    wanted, place = _dtype(dtype), None if device is None else as_device(device)
     check_activations(activations)
     path = resolve_model(directory)
     if path.is_file():
@@ -151,17 +152,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise OptionError(f"unknown dtype '{dtype}'; choose one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _device(device: torch.device | str | None) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for the device
-        raise OptionError(f"cannot use the device '{device}': {_first_line(error)}") from None
-    return place
 
 
 def _first_line(error: BaseException) -> str:
