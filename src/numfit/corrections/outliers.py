@@ -2,7 +2,8 @@
 
 With a diagonal metric the best choice is the largest h·E², and its correction E itself. With a full H a correction also makes
 good for its neighbours: weights are chosen one by one by what they alone would gain, (E·H)²/H_kk, and the values are then
-solved for together (orthogonal matching pursuit). SqueezeLLM and SpQR keep such weights apart; here every row has the same
+solved for together (orthogonal matching pursuit). H is damped as for GPTQ: along what the text hardly shows, values without
+bounds would look free. SqueezeLLM and SpQR keep such weights apart; here every row has the same
 number of them.
 """
 
@@ -15,13 +16,16 @@ from numfit.corrections.metric import Metric, check, times
 from numfit.errors import OptionError
 from numfit.formats.terms import largest
 
+DAMPING = 0.01
 
-def outliers(error: Tensor, count: int, metric: Metric = None) -> tuple[Tensor, Tensor]:
+
+def outliers(error: Tensor, count: int, metric: Metric = None, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """`count` corrections of each row.
 
     Args:
         error: W − Ŵ [N, K].
         metric: see metric.py.
+        damping: added to the diagonal of a metric [K, K], times its mean.
 
     Returns:
         columns int64 [N, count], ascending, and values fp32 [N, count] to add there: `sparse_index` and `sparse_value`.
@@ -38,6 +42,7 @@ def outliers(error: Tensor, count: int, metric: Metric = None) -> tuple[Tensor, 
     if metric is None or metric.dim() == 1:
         return index, value.float()
     h = metric.double()
+    h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
     e = error.double()
     target = times(e, h)  # [N, K]
     plain = _solved(index, target, h)
