@@ -146,8 +146,9 @@ class Roof:
 
 
 def run(args: argparse.Namespace, llama: Any, threads: int) -> dict[str, Any]:
+    ours, files = prepare(args, llama)  # with all threads
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    ours, files = prepare(args, llama)
     takers: dict[str, Callable[[list[int]], Seconds]] = {}
     memory, roofs, weights, contexts = {}, {}, [], {}
     for fmt, directory in ours.items():
@@ -184,6 +185,7 @@ def run(args: argparse.Namespace, llama: Any, threads: int) -> dict[str, Any]:
         reads.append({fmt: roof.seconds() for fmt, roof in roofs.items()})
     for closing in (*contexts.values(), *weights, *roofs.values()):
         closing.close()
+    torch.set_num_threads(before)
 
     speeds = {name: {f: statistics.median(1 / r[name][f] for r in rounds) for f in FIGURES} for name in takers}
     sizes = {fmt: sum(f.stat().st_size for f in ours[fmt].glob("*.safetensors")) for fmt in ours}

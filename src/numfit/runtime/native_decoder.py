@@ -27,8 +27,9 @@ from numfit.runtime.modules import exact_activations, packed_modules
 PROOF_TOKENS = 8
 PROOF_WINDOW = 4  # of sliding windows while a model is proven: some of the tokens must lie beyond them
 # Largest root mean square difference of the logits, relative to their spread. Both sides compute in fp32, whatever the type of
-# the model's activations, and the native cache is fp16: small models differ by up to 5e-4.
-TOLERANCE = 1e-2
+# the model's activations, and the native cache is fp16: small models differ by up to 5e-4, and 1.5 billion weights rounded to
+# three bits without a text, which amplify whatever reaches them, by 0.013. Another structure differs by far more.
+TOLERANCE = 3e-2
 FIRST_ROOM = 1024  # positions
 _HALVES = (torch.float16, torch.bfloat16)
 
