@@ -51,7 +51,8 @@ NF_API int nf_sweep(const nf_lattice *lattice, const nf_panel *panel, char *mess
         return fail(message, "the parts of this sweep do not fit together");
     }
     const Sweepers &s = sweepers();
-    over_rows(l.rows, s.sweep_scratch(p.width), [&](int64_t row, int count, void *scratch) { s.sweep(l, p, row, count, scratch); });
+    over_rows(l.rows, s.sweep_scratch(p.width),
+              [&](int64_t row, int count, void *scratch) { s.sweep(l, p, row, count, scratch); });
     return 0;
 } catch (...) {
     return caught(message, "to sweep this tensor");
@@ -64,7 +65,8 @@ NF_API int nf_descend(const nf_lattice *lattice, const nf_run *run, char *messag
         return fail(message, "the parts of this descent do not fit together");
     }
     const Sweepers &s = sweepers();
-    over_rows(l.rows, s.descend_scratch(r.width), [&](int64_t row, int count, void *scratch) { s.descend(l, r, row, count, scratch); });
+    over_rows(l.rows, s.descend_scratch(r.width),
+              [&](int64_t row, int count, void *scratch) { s.descend(l, r, row, count, scratch); });
     return 0;
 } catch (...) {
     return caught(message, "to sweep this tensor");
