@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,14 +169,166 @@ print("as before")
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by way of /proc")
-def test_threads_that_cannot_be_had() -> None:
-    """Where the system grants no more threads (here: no memory for their stacks), fewer do the work."""
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+
+
+def alone(script: str, **environment: str) -> None:
+    """Run a script with the library under test in a process of its own, where it prints "as before"."""
     lib = library()
     assert lib is not None
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(lib._name)],
+        cwd=Path(__file__).parent, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0 and run.stdout == "as before\n", run.stdout + run.stderr
+
+
+def limits_memory() -> None:
     if "asan" in Path("/proc/self/maps").read_text():
         pytest.skip("a sanitizer's own memory leaves no room for a limit")
-    run = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(lib._name)], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0 and run.stdout == "as before\n", run.stderr
+
+
+@linux
+def test_threads_that_cannot_be_had() -> None:
+    """Where the system grants no more threads (here: no memory for their stacks), fewer do the work."""
+    limits_memory()
+    alone(LIMITED)
+
+
+# Each thread needs 8 MB to rotate a row of `turned`, and the caller 50 MB for so many tokens, where there are 4 MB.
+WITHOUT_MEMORY = """
+import resource, sys
+import numpy as np, torch
+from kernel_abi import Linear, Planes, Refused
+from kernel_oracle import sample
+import numfit.formats.rotation
+from numfit.errors import NumfitError
+from numfit.formats import format
+from numfit.native import call, load
+
+load(sys.argv[1])
+torch.set_num_threads(2)
+
+def rotate(x):
+    signs, mixing = np.ones(x.shape[1], dtype=np.float32), np.ones(1, dtype=np.float32)
+    call("nf_rotate", x.ctypes.data, 0, *x.shape, signs.ctypes.data, mixing.ctypes.data, 1, 0, x.ctypes.data)
+    return x
+
+wide, narrow = np.zeros((8, 1 << 21), dtype=np.float32), np.ones((64, 4096), dtype=np.float32)
+signs, mixing = np.ones(wide.shape[1], dtype=np.float32), np.ones(1, dtype=np.float32)
+turned = rotate(narrow.copy())
+w = Linear(Planes(sample(format("mant4-g32"), 18, 96, seed=0)))
+x = np.ones((100_000, 96), dtype=np.float32)
+half, y = x.astype(np.uint16), np.empty((len(x), 18), dtype=np.float32)
+few = w.apply(x[:40], exact=True)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 20), resource.RLIM_INFINITY))
+for _ in range(20):
+    try:
+        call("nf_rotate", wide.ctypes.data, 0, *wide.shape, signs.ctypes.data, mixing.ctypes.data, 1, 0, wide.ctypes.data)
+    except MemoryError as error:
+        assert isinstance(error, NumfitError) and str(error) == "there is not enough memory to rotate this tensor", error
+    else:
+        raise AssertionError("8 MB were there")
+    assert np.array_equal(rotate(narrow.copy()), turned)
+for values, bf16 in ((x, False), (half, True)):
+    try:
+        w.call(values.ctypes.data, len(x), 96, y.ctypes.data, 18, None, 1, bf16)
+    except Refused as refused:
+        assert "not enough memory" in str(refused), refused
+    else:
+        raise AssertionError("50 MB were there")
+    assert np.array_equal(w.apply(x[:40], exact=True), few)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert (rotate(wide) == 0).all()
+print("as before")
+"""
+
+
+@linux
+def test_memory_that_cannot_be_had() -> None:
+    """A thread of the pool or the caller finds no memory: an error that says so, and the next call works."""
+    limits_memory()
+    alone(WITHOUT_MEMORY, MALLOC_MMAP_THRESHOLD_=str(1 << 20))  # else heaps may have 8 MB to spare
+
+
+FORKING = """
+import os, sys, time
+import numpy as np
+from kernel_abi import Linear, Planes
+from kernel_oracle import sample
+from numfit.formats import format
+from numfit.native import load, set_threads, threads
+
+load(sys.argv[1])
+set_threads(2)
+w = Linear(Planes(sample(format("mant4-g32"), 500, 960, seed=0)))
+x = np.ones((40, 960), dtype=np.float32)
+y = w.apply(x)
+for pause in (0.0, 0.1):  # its other thread looks for work, or sleeps
+    w.apply(x)
+    time.sleep(pause)
+    child = os.fork()
+    if child == 0:
+        before, same = len(os.listdir("/proc/self/task")), True
+        for _ in range(100):
+            same = same and np.array_equal(w.apply(x), y)
+        after = len(os.listdir("/proc/self/task"))
+        os._exit(0 if same and threads() == 2 and after == before + 1 else 1)
+    for _ in range(3000):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, 9)
+        raise AssertionError("the child hangs")
+    assert status == 0, status
+    assert np.array_equal(w.apply(x), y)
+print("as before")
+"""
+
+
+@linux
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    alone(FORKING)
+
+
+SPARE = """
+import os, sys, time
+import numpy as np
+from kernel_abi import Linear, Planes
+from kernel_oracle import sample
+from numfit.formats import format
+from numfit.native import load, set_threads
+
+def ticks():  # of processor time, of each thread
+    stats = {t: open(f"/proc/self/task/{t}/stat").read().rsplit(")", 1)[1].split() for t in os.listdir("/proc/self/task")}
+    return {thread: int(s[11]) + int(s[12]) for thread, s in stats.items()}
+
+load(sys.argv[1])
+w = Linear(Planes(sample(format("mant4-g32"), 500, 960, seed=0)))
+x = np.ones((40, 960), dtype=np.float32)
+y = w.apply(x)
+
+def run(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert np.array_equal(w.apply(x), y)
+
+for wanted in (2, 1):
+    set_threads(6)
+    run(0.05)
+    set_threads(wanted)
+    run(0.05)
+    before = ticks()
+    run(1.0)
+    busy = [thread for thread, count in ticks().items() if count - before.get(thread, 0) > 1]
+    assert len(busy) <= wanted, (wanted, busy)
+print("as before")
+"""
+
+
+@linux
+def test_threads_above_the_wanted_number_rest() -> None:
+    alone(SPARE)

@@ -25,6 +25,10 @@ class OptionError(NumfitError):
     """An option that contradicts another, matches nothing, or cannot apply here."""
 
 
+class OutOfMemoryError(NumfitError, MemoryError):
+    """There is not enough memory for a piece of work; smaller pieces may fit."""
+
+
 class MissingExtraError(NumfitError):
     """An optional dependency is not installed."""
 

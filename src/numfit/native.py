@@ -15,10 +15,11 @@ import warnings
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from typing import Any
 
-from numfit.errors import NumfitError, OptionError
+from numfit.errors import NumfitError, OptionError, OutOfMemoryError
 
-ABI = 1  # NF_ABI
+ABI = 2  # NF_ABI
 ERROR_BYTES = 256  # NF_ERROR
+NO_MEMORY = 2  # NF_NO_MEMORY
 
 
 class Matrix(ctypes.Structure):
@@ -171,12 +172,12 @@ def _path() -> str:
 def _open(path: str) -> ctypes.CDLL:
     try:
         lib = ctypes.CDLL(path)
+        if lib.nf_abi() != ABI:  # before anything that only this version has is looked for
+            raise NumfitError(f"{path} belongs to another version of numfit (interface {lib.nf_abi()}, not {ABI}); {_REMEDY}")
         for name in _SIGNATURES:
             _apply_signature(lib, name)
     except (OSError, AttributeError) as error:  # not loadable here; a function is missing
         raise NumfitError(f"{path} cannot be used ({error}); {_REMEDY}") from None
-    if lib.nf_abi() != ABI:
-        raise NumfitError(f"{path} belongs to another version of numfit (interface {lib.nf_abi()}, not {ABI}); {_REMEDY}")
     return lib
 
 
@@ -191,6 +192,7 @@ def call(name: str, *args: object) -> None:
 
     Raises:
         NumfitError: what the library refused.
+        OutOfMemoryError: there was not enough memory.
     """
     import torch
 
@@ -198,5 +200,14 @@ def call(name: str, *args: object) -> None:
     assert lib is not None
     lib.nf_set_threads(torch.get_num_threads())
     message = ctypes.create_string_buffer(ERROR_BYTES)
-    if getattr(lib, name)(*args, message):
-        raise NumfitError(message.value.decode())
+    if failed := getattr(lib, name)(*args, message):
+        raise refusal(failed, message)
+
+
+def refusal(failed: int, message: ctypes.Array[ctypes.c_char], kind: type[NumfitError] = NumfitError) -> NumfitError:
+    """What to raise where a function of the library returned `failed`, which is not 0, and wrote `message`.
+
+    Args:
+        kind: the error, unless memory was what it lacked.
+    """
+    return (OutOfMemoryError if failed == NO_MEMORY else kind)(message.value.decode())

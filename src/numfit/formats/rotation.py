@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numfit.errors import FormatError, NumfitError
-from numfit.native import ERROR_BYTES, declare, library
+from numfit.errors import FormatError
+from numfit.native import ERROR_BYTES, declare, library, refusal
 from numfit.orthogonal import butterflies, cosines, odd_and_power, signs
 
 declare("nf_rotate", c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int, c_void_p, c_char_p)
@@ -112,7 +112,7 @@ def turn_native(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
     """The same bits by the compiled function: x [r, K] fp32 or bf16 on a CPU, contiguous → fp32.
 
     Raises:
-        NumfitError: not enough memory.
+        OutOfMemoryError: not enough memory.
     """
     lib = library()
     assert lib is not None
@@ -122,8 +122,8 @@ def turn_native(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
     error = ctypes.create_string_buffer(ERROR_BYTES)
     lib.nf_set_threads(torch.get_num_threads())
     kind = int(x.dtype == torch.bfloat16)
-    if lib.nf_rotate(x.data_ptr(), kind, rows, k, s.data_ptr(), d.data_ptr(), len(d), back, out.data_ptr(), error):
-        raise NumfitError(error.value.decode())
+    if failed := lib.nf_rotate(x.data_ptr(), kind, rows, k, s.data_ptr(), d.data_ptr(), len(d), back, out.data_ptr(), error):
+        raise refusal(failed, error)
     return out
 
 

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from numfit.errors import CheckpointError, FormatError, NumfitError
+from numfit.errors import CheckpointError, FormatError
 from numfit.formats.packing import pack_bits, packed_bytes, unpack_bits
 from numfit.formats.trellis import LEVEL, TILE_COLS, TILE_ROWS, Trellis
 from numfit.formats.trellis_viterbi import UNIT, circle_states, costs_table, encode_circles, tiles_of, untile
-from numfit.native import ERROR_BYTES, declare, library
+from numfit.native import ERROR_BYTES, declare, library, refusal
 
 HEADROOM = 1.04  # scale for encoding over the deviation of a row: 0.02 dB better than 1 at two bits, 0.1 dB at four
 _FP16_MAX = 65504.0
@@ -89,8 +89,8 @@ def encoder(t: Trellis, scale: Tensor) -> Callable[[Tensor], tuple[Tensor, Tenso
         w = w if w.stride(1) == 1 and w.stride(0) >= k else w.contiguous()
         symbols, values = w.new_empty((n, k), dtype=torch.uint8), w.new_empty((n, k), dtype=torch.int8)
         where = (w.data_ptr(), n, k, max(w.stride(0), k), inverse.data_ptr(), symbols.data_ptr(), values.data_ptr(), k)
-        if lib.nf_trellis_encode(byref(code), *where, error):
-            raise NumfitError(error.value.decode())
+        if failed := lib.nf_trellis_encode(byref(code), *where, error):
+            raise refusal(failed, error)
         return symbols, values
 
     return encode_native
@@ -115,8 +115,8 @@ def decode_levels(t: Trellis, symbols: Tensor) -> Tensor:
         code = _Code(t.bits, t.state_bits, None, levels.data_ptr())
         error = ctypes.create_string_buffer(ERROR_BYTES)
         lib.nf_set_threads(torch.get_num_threads())
-        if lib.nf_trellis_decode(byref(code), symbols.data_ptr(), n, k, out.data_ptr(), error):
-            raise NumfitError(error.value.decode())
+        if failed := lib.nf_trellis_decode(byref(code), symbols.data_ptr(), n, k, out.data_ptr(), error):
+            raise refusal(failed, error)
         return out
     return decode_levels_eager(t, symbols)
 

@@ -22,7 +22,7 @@ from numfit.formats.params import family
 from numfit.formats.scale import STORES, from_word, to_word, word_dtype
 from numfit.kernels import trellis
 from numfit.kernels.side import SideTerms
-from numfit.native import ERROR_BYTES, Matrix, library
+from numfit.native import ERROR_BYTES, Matrix, library, refusal
 
 ACTIVATIONS = ("int8", "exact")  # positions are the modes of nf_apply
 CHUNK = 1 << 24  # weights unpacked, or bf16 results made, at a time: bounds what is held beside them
@@ -181,8 +181,8 @@ class PackedLinear:
         for index in torch.arange(n, device="cpu").split(max(1, CHUNK // k)):
             loose = _empty((len(index), k), torch.uint8)
             parts = [None if part is None else part[index[0] :].data_ptr() for part in (scale, member, zero)]
-            if self._lib.nf_unpack(self.handle, index.data_ptr(), len(index), loose.data_ptr(), *parts, error):
-                raise OptionError(error.value.decode())
+            if failed := self._lib.nf_unpack(self.handle, index.data_ptr(), len(index), loose.data_ptr(), *parts, error):
+                raise refusal(failed, error, OptionError)
             codes[index] = pack_bits(loose, fmt.bits)
         planes = dict(self._kept)
         planes["codes"] = codes
@@ -295,8 +295,9 @@ def _linear(x: Tensor, key: int, rows: int, bias: Tensor | None, exact: bool) ->
     step = max(16, CHUNK // rows) if half else max(1, len(flat))  # for bf16 the library keeps fp32 copies
     for start in range(0, len(flat), step):
         part, into = flat[start : start + step], out[start : start + step]
-        if apply(packed.handle, part.data_ptr(), len(part), part.shape[1], into.data_ptr(), rows, _address(bias), exact, error):
-            raise OptionError(error.value.decode())
+        where = (part.data_ptr(), len(part), part.shape[1], into.data_ptr(), rows, _address(bias))
+        if failed := apply(packed.handle, *where, exact, error):
+            raise refusal(failed, error, OptionError)
     return out.view(*x.shape[:-1], rows).to(x.dtype)
 
 
@@ -311,10 +312,9 @@ def _linear_with_side(packed: PackedLinear, side: SideTerms, x: Tensor, bias: Te
     for part, into in runs:
         turned = side.inputs(part)
         y = into if into.dtype == torch.float32 else _empty(into.shape, torch.float32)
-        if packed._lib.nf_apply(
-            packed.handle, turned.data_ptr(), len(turned), columns, y.data_ptr(), rows, _address(bias), exact, error
-        ):
-            raise OptionError(error.value.decode())
+        where = (turned.data_ptr(), len(turned), columns, y.data_ptr(), rows, _address(bias))
+        if failed := packed._lib.nf_apply(packed.handle, *where, exact, error):
+            raise refusal(failed, error, OptionError)
         side.add(turned, y)
         if y is not into:
             into.copy_(y)
@@ -326,8 +326,8 @@ def _rows(index: Tensor, key: int, columns: int) -> Tensor:
     index = index.contiguous()
     out = _empty((len(index), columns), torch.float32)
     error = ctypes.create_string_buffer(ERROR_BYTES)
-    if packed._lib.nf_gather(packed.handle, index.data_ptr(), len(index), out.data_ptr(), error):
-        raise OptionError(error.value.decode())
+    if failed := packed._lib.nf_gather(packed.handle, index.data_ptr(), len(index), out.data_ptr(), error):
+        raise refusal(failed, error, OptionError)
     return out if packed.side is None else packed.side.rows(index, out)
 
 

@@ -16,7 +16,7 @@ from numfit.errors import OptionError
 from numfit.formats import QuantizedTensor
 from numfit.formats.rotation import turn_native
 from numfit.formats.side import Side, check_index, restore
-from numfit.native import ERROR_BYTES, declare, library
+from numfit.native import ERROR_BYTES, declare, library, refusal
 
 _apply = (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_char_p)
 declare("nf_add_lowrank", c_int, *_apply)
@@ -72,8 +72,9 @@ class SideTerms:
             if left is None or right is None:
                 continue
             size = len(left) if left is self.a else left.shape[1]
-            if function(x.data_ptr(), len(x), k, left.data_ptr(), right.data_ptr(), size, n, y.data_ptr(), n, error):
-                raise OptionError(error.value.decode())
+            where = (x.data_ptr(), len(x), k, left.data_ptr(), right.data_ptr(), size, n, y.data_ptr(), n)
+            if failed := function(*where, error):
+                raise refusal(failed, error, OptionError)
 
     def planes(self, index: Tensor | None = None) -> dict[str, Tensor]:
         """The planes as the file had them; of some rows, where `index` says so."""

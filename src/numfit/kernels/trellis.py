@@ -10,7 +10,7 @@ from torch import Tensor
 
 from numfit.errors import FormatError, OptionError
 from numfit.formats.trellis import LEVEL, Trellis
-from numfit.native import ERROR_BYTES, declare, library
+from numfit.native import ERROR_BYTES, declare, library, refusal
 
 
 class _Matrix(ctypes.Structure):
@@ -65,6 +65,6 @@ def unpack(trellis: Trellis, shape: tuple[int, int], handle: int) -> Tensor:
     assert lib is not None
     stream = torch.empty(trellis.stream_bytes(*shape), dtype=torch.uint8, device="cpu")
     error = ctypes.create_string_buffer(ERROR_BYTES)
-    if lib.nf_trellis_unpack(handle, stream.data_ptr(), error):
-        raise OptionError(error.value.decode())
+    if failed := lib.nf_trellis_unpack(handle, stream.data_ptr(), error):
+        raise refusal(failed, error, OptionError)
     return stream

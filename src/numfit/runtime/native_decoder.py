@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from numfit import native
-from numfit.errors import NumfitError, OptionError
+from numfit.errors import OptionError
 from numfit.runtime.description import Description, Spec, Unsupported, describe, rotary_table
 from numfit.runtime.modules import exact_activations, packed_modules
 
@@ -107,10 +107,10 @@ class NativeDecoder:
             )
         self._reserve(start + len(ids))
         self._library.nf_set_threads(self.threads)
-        if self._library.nf_decoder_forward(
+        if failed := self._library.nf_decoder_forward(
             self._handle, ids.data_ptr(), len(ids), start, int(self.exact), int(every), out.data_ptr(), self._error
         ):
-            raise NumfitError(self._error.value.decode())
+            raise native.refusal(failed, self._error)
         return out
 
     def logits(self, tokens: Sequence[int] | Tensor) -> Tensor:
@@ -124,8 +124,8 @@ class NativeDecoder:
         pairs = [rotary_table(module, kind, room) for module, kind in self._description.ropes]
         cosine, sine = (torch.stack(tables) for tables in zip(*pairs)) if pairs else (None, None)
         places = (None if table is None else table.data_ptr() for table in (cosine, sine))
-        if self._library.nf_decoder_reserve(self._handle, room, *places, self._error):
-            raise NumfitError(self._error.value.decode())
+        if failed := self._library.nf_decoder_reserve(self._handle, room, *places, self._error):
+            raise native.refusal(failed, self._error)
         self._room = room
 
 

@@ -3,8 +3,8 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
-#include <memory>
-#include <string>
+#include <exception>
+#include <new>
 #include <vector>
 
 #include "repack.h"
@@ -45,8 +45,23 @@ namespace {
 }
 #endif
 
-std::vector<const Kernels *> available() {
-    std::vector<const Kernels *> out = {portable_kernels()};
+// Those that this machine can run, best last. Plain arrays: what has no way to say that it failed allocates nothing.
+struct Available {
+    const Kernels *table[6];
+    int count = 0;
+    char names[64] = "";
+    void push_back(const Kernels *kernels) {
+        if (count) std::strcat(names, ",");
+        std::strcat(names, kernels->name);
+        table[count++] = kernels;
+    }
+    const Kernels *const *begin() const { return table; }
+    const Kernels *const *end() const { return table + count; }
+};
+
+Available available() {
+    Available out;
+    out.push_back(portable_kernels());
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -72,8 +87,8 @@ std::vector<const Kernels *> available() {
     return out;
 }
 
-const std::vector<const Kernels *> &all() {
-    static const std::vector<const Kernels *> found = available();
+const Available &all() {
+    static const Available found = available();
     return found;
 }
 
@@ -99,10 +114,24 @@ template <class T> T *buffer(std::vector<T> &v, int64_t n) {
 const Kernels &kernels() {
     const Kernels *k = chosen.load(std::memory_order_relaxed);
     if (!k) {
-        k = all().back();
+        k = all().table[all().count - 1];
         chosen.store(k);
     }
     return *k;
+}
+
+int caught(char *error, const char *what) noexcept {
+    try {
+        throw;
+    } catch (const std::bad_alloc &) {
+        std::snprintf(error, NF_ERROR, "there is not enough memory %s", what);
+        return NF_NO_MEMORY;
+    } catch (const std::exception &e) {
+        std::snprintf(error, NF_ERROR, "a kernel failed: %s", e.what());
+    } catch (...) {
+        std::snprintf(error, NF_ERROR, "a kernel failed");
+    }
+    return 1;
 }
 
 }  // namespace nf
@@ -111,14 +140,7 @@ using namespace nf;
 
 NF_API int nf_abi(void) { return NF_ABI; }
 
-NF_API const char *nf_isa_names(void) {
-    static const std::string names = [] {
-        std::string out;
-        for (const Kernels *k : all()) out += (out.empty() ? "" : ",") + std::string(k->name);
-        return out;
-    }();
-    return names.c_str();
-}
+NF_API const char *nf_isa_names(void) { return all().names; }
 
 NF_API const char *nf_isa(void) { return kernels().name; }
 
@@ -133,9 +155,11 @@ NF_API int nf_set_isa(const char *name, char *error) {
     return 1;
 }
 
-NF_API nf_linear *nf_repack(const nf_matrix *matrix, char *error) {
+NF_API nf_linear *nf_repack(const nf_matrix *matrix, char *error) try {
     if (!matrix || !matrix->codes || !matrix->scale || !matrix->levels) return fail(error, "a plane of the matrix is null"), nullptr;
     return repack(*matrix, error);
+} catch (...) {
+    return caught(error, "to pack this matrix"), nullptr;
 }
 
 NF_API void nf_free(nf_linear *l) {
@@ -150,13 +174,15 @@ NF_API double nf_linear_rounding(const nf_linear *l) { return l->rounding; }
 NF_API int nf_huge_pages(const nf_linear *l) { return l->huge; }
 
 NF_API int nf_apply(const nf_linear *l, const float *x, int64_t m, int64_t ldx, float *y, int64_t ldy, const float *bias, int mode,
-                    char *error) {
+                    char *error) try {
     if (!ready(l, error)) return 1;
     if (m < 0 || ldx < l->k || ldy < l->n) return fail(error, "rows of %lld inputs and %lld outputs are too short", ldx, ldy);
     if (mode != 0 && mode != 1) return fail(error, "unknown mode %lld", mode);
     const Job job = {l, y, ldy, bias};
     apply_many(&job, 1, x, m, ldx, mode == 1);
     return 0;
+} catch (...) {
+    return caught(error, "to apply a matrix to so many tokens");
 }
 
 static float from_bf16(uint16_t b) {
@@ -174,7 +200,7 @@ static uint16_t to_bf16(float value) {  // to the nearest, ties to even; NaN sta
 }
 
 NF_API int nf_apply_bf16(const nf_linear *l, const uint16_t *x, int64_t m, int64_t ldx, uint16_t *y, int64_t ldy, const float *bias,
-                         int mode, char *error) {
+                         int mode, char *error) try {
     if (!ready(l, error)) return 1;
     if (m < 0 || ldx < l->k || ldy < l->n) return fail(error, "rows of %lld inputs and %lld outputs are too short", ldx, ldy);
     thread_local std::vector<float> input, output;
@@ -182,11 +208,13 @@ NF_API int nf_apply_bf16(const nf_linear *l, const uint16_t *x, int64_t m, int64
     for (int64_t i = 0; i < m; i++) {
         for (int64_t c = 0; c < l->k; c++) in[i * l->k + c] = from_bf16(x[i * ldx + c]);
     }
-    if (nf_apply(l, in, m, l->k, out, l->n, bias, mode, error)) return 1;
+    if (const int failed = nf_apply(l, in, m, l->k, out, l->n, bias, mode, error)) return failed;
     for (int64_t i = 0; i < m; i++) {
         for (int64_t c = 0; c < l->n; c++) y[i * ldy + c] = to_bf16(out[i * l->n + c]);
     }
     return 0;
+} catch (...) {
+    return caught(error, "to apply a matrix to so many tokens");
 }
 
 static int check_rows(const nf_linear *l, const int64_t *rows, int64_t count, char *error) {
@@ -197,14 +225,16 @@ static int check_rows(const nf_linear *l, const int64_t *rows, int64_t count, ch
     return 0;
 }
 
-NF_API int nf_gather(const nf_linear *l, const int64_t *rows, int64_t count, float *out, char *error) {
+NF_API int nf_gather(const nf_linear *l, const int64_t *rows, int64_t count, float *out, char *error) try {
     if (check_rows(l, rows, count, error)) return 1;
     parallel(count, [&](int64_t i) { gather_row(*l, rows[i], out + i * l->k); });
     return 0;
+} catch (...) {
+    return caught(error, "to decode rows");
 }
 
 NF_API int nf_unpack(const nf_linear *l, const int64_t *rows, int64_t count, uint8_t *codes, void *scale, uint8_t *member, uint8_t *zero,
-                     char *error) {
+                     char *error) try {
     if (check_rows(l, rows, count, error)) return 1;
     if (l->trellis) return fail(error, "a trellis has no codes of single rows");
     const int64_t blocks = (l->k + l->block - 1) / l->block, tail = l->k - (blocks - 1) * l->block;
@@ -215,6 +245,8 @@ NF_API int nf_unpack(const nf_linear *l, const int64_t *rows, int64_t count, uin
                    member && l->has_member ? member + i * units : nullptr, zero ? zero + i * blocks : nullptr);
     });
     return 0;
+} catch (...) {
+    return caught(error, "to unpack this matrix");
 }
 
 NF_API void *nf_arena(int64_t bytes) {

@@ -84,6 +84,6 @@ NF_API int nf_attend(const nf_stream *keys, const nf_stream *values, int64_t hea
         }
     });
     return 0;
-} catch (const std::bad_alloc &) {
-    return std::snprintf(error, NF_ERROR, "there is not enough memory to attend to so many tokens"), 1;
+} catch (...) {
+    return caught(error, "to attend to so many tokens");
 }

@@ -366,8 +366,8 @@ nf_decoder *nf_decoder_create(const nf_decoder_spec *spec, char *error) try {
     }
     each_linear(*spec, [d](const nf_decoder_linear &w) { d->widest = std::max(d->widest, w.rotation ? w.cols : 0); });
     return d;
-} catch (const std::bad_alloc &) {
-    return fail(error, "there is not enough memory for the decoder"), nullptr;
+} catch (...) {
+    return nf::caught(error, "for the decoder"), nullptr;
 }
 
 void nf_decoder_free(nf_decoder *d) { delete d; }
@@ -400,8 +400,8 @@ int nf_decoder_reserve(nf_decoder *d, int64_t positions, const float *cosine, co
     d->cosine.swap(tables[0]), d->sine.swap(tables[1]);
     d->capacity = wanted;
     return 0;
-} catch (const std::bad_alloc &) {
-    return fail(error, "there is not enough memory for the decoder's tables");
+} catch (...) {
+    return nf::caught(error, "for the decoder's tables");
 }
 
 int nf_decoder_forward(nf_decoder *d, const int64_t *tokens, int64_t count, int64_t start, int mode, int all, float *logits,
@@ -424,6 +424,6 @@ int nf_decoder_forward(nf_decoder *d, const int64_t *tokens, int64_t count, int6
         else if (done + m == count) finish(*d, ops, m - 1, 1, mode != 0, logits);
     }
     return 0;
-} catch (const std::bad_alloc &) {
-    return fail(error, "there is not enough memory for the decoder's work space");
+} catch (...) {
+    return nf::caught(error, "for the decoder's work space");
 }

@@ -189,8 +189,8 @@ NF_API int nf_fit(const nf_search *search, const float *w, int64_t rows, int64_t
     run(whole, 0, s.block);
     run(tail > 0, whole, tail);
     return 0;
-} catch (const std::bad_alloc &) {
-    return fail(message, "there is not enough memory to fit this tensor");
+} catch (...) {
+    return caught(message, "to fit this tensor");
 }
 
 NF_API int nf_row_errors(const nf_search *search, const float *w, int64_t rows, int64_t cols, const float *h, const float *scales,
@@ -206,8 +206,8 @@ NF_API int nf_row_errors(const nf_search *search, const float *w, int64_t rows, 
     };
     over_blocks(rows, cols, h, false, set, [&](const Group &g) { encoders().row_errors(s, g, scales, zeros, g.error); });
     return 0;
-} catch (const std::bad_alloc &) {
-    return fail(message, "there is not enough memory to fit this tensor");
+} catch (...) {
+    return caught(message, "to fit this tensor");
 }
 
 NF_API int nf_encode(const nf_codes *how, const float *w, int64_t rows, int64_t cols, uint8_t *out, char *message) try {
@@ -261,7 +261,8 @@ NF_API int nf_encode(const nf_codes *how, const float *w, int64_t rows, int64_t 
             exhausted = true;
         }
     });
-    return exhausted ? fail(message, "there is not enough memory to encode this tensor") : 0;
-} catch (const std::bad_alloc &) {
-    return fail(message, "there is not enough memory to encode this tensor");
+    if (exhausted) throw std::bad_alloc();
+    return 0;
+} catch (...) {
+    return caught(message, "to encode this tensor");
 }

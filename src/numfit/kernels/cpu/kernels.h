@@ -58,11 +58,16 @@ NF_DECLARE_TABLES(Kernels, kernels)
 
 // pool.cpp. Calls body(i) for i in [0, count), each once, on up to `nf_threads()` threads, the caller among them. Chunks are
 // claimed one by one from a shared counter; the caller waits only for chunks that somebody has claimed, so a worker that the
-// system does not run holds nobody up. Not re-entrant: from inside a body it runs serially.
+// system does not run holds nobody up. Not re-entrant: from inside a body it runs serially. What a body throws first is thrown
+// again here when all are done.
 void parallel(int64_t count, void (*body)(void *, int64_t), void *state);
 template <class F> void parallel(int64_t count, const F &body) {
     parallel(count, [](void *f, int64_t i) { (*static_cast<const F *>(f))(i); }, const_cast<F *>(&body));
 }
+
+// For the handlers of the C interface: what was thrown, as a sentence in `error` and the value to return. `what` completes
+// "there is not enough memory ". (api.cpp)
+int caught(char *error, const char *what) noexcept;
 
 // Memory for one piece of work of the calling thread, aligned to a line; what it held before is lost. (apply.cpp)
 void *aligned_work(size_t bytes);

@@ -97,6 +97,17 @@ static inline I shifted(I v, Shift count) { return v >> count; }
 
 static inline V clamp(V v, float low, float high) { return smaller(larger(v, splat(low)), splat(high)); }
 
+#if !defined(__AVX2__)
+// Four numbers of v (0 … 3) and w (4 … 7). Clang lacks GCC's function for it, and GCC before 12 lacks Clang's.
+template <int a, int b, int c, int d> static inline V picked(V v, V w) {
+#if defined(__clang__)
+    return __builtin_shufflevector(v, w, a, b, c, d);
+#else
+    return __builtin_shuffle(v, w, I{a, b, c, d});
+#endif
+}
+#endif
+
 // Rows become columns: 4 × 4 within the quarters of vectors, then the quarters among one another.
 static inline void transpose(V *a) {
     V t[W];
@@ -112,10 +123,10 @@ static inline void transpose(V *a) {
         t[g] = V(_mm256_unpacklo_pd(__m256d(ab), __m256d(cd))), t[g + 1] = V(_mm256_unpackhi_pd(__m256d(ab), __m256d(cd)));
         t[g + 2] = V(_mm256_unpacklo_pd(__m256d(ef), __m256d(gh))), t[g + 3] = V(_mm256_unpackhi_pd(__m256d(ef), __m256d(gh)));
 #else
-        const V ab = __builtin_shuffle(a[0], a[1], I{0, 4, 1, 5}), cd = __builtin_shuffle(a[2], a[3], I{0, 4, 1, 5});
-        const V ef = __builtin_shuffle(a[0], a[1], I{2, 6, 3, 7}), gh = __builtin_shuffle(a[2], a[3], I{2, 6, 3, 7});
-        t[0] = __builtin_shuffle(ab, cd, I{0, 1, 4, 5}), t[1] = __builtin_shuffle(ab, cd, I{2, 3, 6, 7});
-        t[2] = __builtin_shuffle(ef, gh, I{0, 1, 4, 5}), t[3] = __builtin_shuffle(ef, gh, I{2, 3, 6, 7});
+        const V ab = picked<0, 4, 1, 5>(a[0], a[1]), cd = picked<0, 4, 1, 5>(a[2], a[3]);
+        const V ef = picked<2, 6, 3, 7>(a[0], a[1]), gh = picked<2, 6, 3, 7>(a[2], a[3]);
+        t[0] = picked<0, 1, 4, 5>(ab, cd), t[1] = picked<2, 3, 6, 7>(ab, cd);
+        t[2] = picked<0, 1, 4, 5>(ef, gh), t[3] = picked<2, 3, 6, 7>(ef, gh);
 #endif
     }
     for (int k = 0; k < 4; k++) {

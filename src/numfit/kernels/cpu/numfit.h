@@ -1,7 +1,7 @@
 // The C interface of numfit's CPU library. Python reaches it through ctypes (numfit/native.py); nothing here knows torch.
 //
 // Conventions: matrices are row-major and dense; `y[m][n] = sum_k x[m][k] * w[n][k]`; functions that can fail return 0 on
-// success and otherwise write one sentence into `error` (at least NF_ERROR bytes). Sizes are checked by the caller in
+// success and otherwise (NF_NO_MEMORY where that was it) write one sentence into `error` (at least NF_ERROR bytes). Sizes are checked by the caller in
 // Python as well; the library checks again whatever could make it touch memory that is not its own.
 #pragma once
 #include <stdint.h>
@@ -12,7 +12,7 @@
 #define NF_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { NF_ERROR = 256, NF_ABI = 1 };
+enum { NF_ERROR = 256, NF_ABI = 2, NF_NO_MEMORY = 2 };
 
 // How a block's scale is stored (numfit/formats/scale.py). ROW: one fp32 per row, already multiplied by its parent.
 enum nf_scale { NF_ROW = 0, NF_FP16 = 1, NF_BF16 = 2, NF_E8M0 = 3, NF_E4M3 = 4, NF_U8 = 5, NF_E3M3 = 6 };

@@ -4,10 +4,14 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
+#include <new>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#include <pthread.h>
 
 #include "kernels.h"
 
@@ -33,26 +37,22 @@ struct Pool {
     std::atomic<int64_t> count{0};
     std::atomic<void (*)(void *, int64_t)> body{nullptr};
     std::atomic<void *> state{nullptr};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // what the first chunk that failed threw; read once all are done
 
-    std::mutex mutex;  // for sleeping and for the list of threads
-    std::condition_variable wake;
-    std::atomic<int> sleeping{0};
-    std::atomic<int> wanted{1};  // threads, the caller included
-    std::atomic<bool> stop{false};
+    std::mutex mutex;  // for sleeping
+    std::condition_variable wake;    // there is a job
+    std::condition_variable needed;  // more threads are wanted
+    std::atomic<int> sleeping{0};    // on `wake`
+    std::atomic<int> wanted{1};      // threads, the caller included
     std::vector<std::thread> workers;
     std::mutex busy;  // one job at a time; another caller runs its own serially
 
-    ~Pool() { end(); }
-
-    void end() {
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            stop = true;
-        }
-        wake.notify_all();
-        for (std::thread &t : workers) t.join();
-        workers.clear();
-        stop = false;
+    void want(int threads) {
+        if (threads == wanted.load(std::memory_order_relaxed)) return;
+        if (threads < wanted.exchange(threads)) return;
+        std::lock_guard<std::mutex> lock(mutex);
+        needed.notify_all();
     }
 
     // Claim and run chunks of generation `g` until there are none.
@@ -65,7 +65,11 @@ struct Pool {
             void *with = state.load(std::memory_order_relaxed);
             // what was read above belongs to generation g if the ticket still does, which the exchange proves
             if (!ticket.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
-            run(with, static_cast<int64_t>(now & 0xffffffffu));
+            try {
+                run(with, static_cast<int64_t>(now & 0xffffffffu));
+            } catch (...) {  // the caller's business, but the job has to end first: others still use what it owns
+                if (!failed.exchange(true)) error = std::current_exception();
+            }
             done.fetch_add(1, std::memory_order_release);
         }
     }
@@ -73,6 +77,10 @@ struct Pool {
     void worker(int index) {
         uint32_t seen = static_cast<uint32_t>(ticket.load(std::memory_order_acquire) >> 32);
         for (;;) {
+            if (index >= wanted.load(std::memory_order_relaxed)) {  // not to be woken by each job of the others
+                std::unique_lock<std::mutex> lock(mutex);
+                needed.wait(lock, [&] { return index < wanted; });
+            }
             const auto start = std::chrono::steady_clock::now();
             int spins = 0;
             for (;;) {
@@ -81,14 +89,13 @@ struct Pool {
                     seen = g;
                     break;
                 }
-                if (stop.load(std::memory_order_relaxed)) return;
                 pause();
                 if (++spins % 64) continue;
                 const auto waited = std::chrono::steady_clock::now() - start;
                 if (waited > std::chrono::microseconds(200)) {  // longer than the gaps between layers of a decoder
                     std::unique_lock<std::mutex> lock(mutex);
                     sleeping.fetch_add(1);
-                    wake.wait(lock, [&] { return stop || static_cast<uint32_t>(ticket.load() >> 32) != seen; });
+                    wake.wait(lock, [&] { return static_cast<uint32_t>(ticket.load() >> 32) != seen; });
                     sleeping.fetch_sub(1);
                     spins = 0;
                 } else if (waited > std::chrono::microseconds(100)) {
@@ -110,8 +117,8 @@ struct Pool {
         while (static_cast<int>(workers.size()) < threads - 1) {
             try {
                 workers.emplace_back(&Pool::worker, this, static_cast<int>(workers.size()) + 1);
-            } catch (const std::system_error &) {
-                break;  // the system has no more threads: fewer do the same work
+            } catch (const std::exception &) {
+                break;  // the system has no more threads, or no memory for them: fewer do the same work
             }
         }
         // first a generation without chunks: a worker late for the old job must not find a chunk in the larger count of the new one
@@ -132,11 +139,29 @@ struct Pool {
             pause();
             if (++spins > 2000) std::this_thread::yield();
         }
+        if (failed.load(std::memory_order_relaxed)) {
+            const std::exception_ptr thrown = std::move(error);
+            error = nullptr, failed = false;
+            std::rethrow_exception(thrown);
+        }
     }
 };
 
+alignas(Pool) unsigned char room[sizeof(Pool)];  // the pool is never destroyed: workers may outlive static destructors
+
+// The child of a fork() has none of the workers, and locks and lists are as some other thread left them. So it gets a new pool
+// in the place of the old, which leaves behind what it owned.
+void begin_anew() {
+    const int wanted = reinterpret_cast<Pool *>(room)->wanted;
+    (new (room) Pool)->wanted = wanted;
+}
+
 Pool &pool() {
-    static Pool *one = new Pool;  // never destroyed: workers may outlive static destructors
+    static Pool *one = [] {
+        Pool *made = new (room) Pool;
+        pthread_atfork(nullptr, nullptr, begin_anew);
+        return made;
+    }();
     return *one;
 }
 
@@ -146,5 +171,5 @@ void parallel(int64_t count, void (*body)(void *, int64_t), void *state) { pool(
 
 }  // namespace nf
 
-NF_API void nf_set_threads(int threads) { nf::pool().wanted = threads < 1 ? 1 : threads > 256 ? 256 : threads; }
+NF_API void nf_set_threads(int threads) { nf::pool().want(threads < 1 ? 1 : threads > 256 ? 256 : threads); }
 NF_API int nf_threads(void) { return nf::pool().wanted; }

@@ -276,7 +276,7 @@ bool pack_rows(const nf_matrix &m, Layout &l, const Spans &spans, const Places &
 }  // namespace
 
 nf_linear *repack(const nf_matrix &m, char *error) {
-    auto linear = std::make_unique<nf_linear>();
+    std::unique_ptr<nf_linear, void (*)(nf_linear *)> linear(new nf_linear(), nf_free);
     Layout &l = *linear;
     if (!choose(m, l, error)) return nullptr;
     float levels[kEntries];
@@ -302,7 +302,6 @@ nf_linear *repack(const nf_matrix &m, char *error) {
     std::unique_ptr<bool[]> fine(new bool[static_cast<size_t>(l.row_blocks)]);
     parallel(l.row_blocks, [&](int64_t block) { fine[block] = pack_rows(m, l, spans, places, finite, block, positions.get()); });
     if (!std::all_of(fine.get(), fine.get() + l.row_blocks, [](bool f) { return f; })) {
-        arena_free(l.arena);
         return refuse(error, "the planes hold a code, a member or a scale that stands for no number; the file is damaged"), nullptr;
     }
     describe(l, linear->kernel);

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -105,8 +104,8 @@ NF_API int nf_rotate(const void *x, int kind, int64_t rows, int64_t cols, const 
     }
     rotate_rows(t, static_cast<const float *>(x), cols, rows, out, cols);
     return 0;
-} catch (const std::bad_alloc &) {
-    return fail(error, "there is not enough memory to rotate this tensor");
+} catch (...) {
+    return caught(error, "to rotate this tensor");
 }
 
 NF_API int nf_add_lowrank(const float *x, int64_t tokens, int64_t cols, const float *a, const float *b, int64_t rank, int64_t rows,
@@ -116,8 +115,8 @@ NF_API int nf_add_lowrank(const float *x, int64_t tokens, int64_t cols, const fl
     }
     add_lowrank(x, cols, tokens, cols, a, b, rank, rows, y, ldy);
     return 0;
-} catch (const std::bad_alloc &) {
-    return fail(error, "there is not enough memory for this low-rank term");
+} catch (...) {
+    return caught(error, "for this low-rank term");
 }
 
 NF_API int nf_add_sparse(const float *x, int64_t tokens, int64_t cols, const int32_t *index, const float *value, int64_t count,
@@ -153,6 +152,6 @@ NF_API int nf_add_sparse(const float *x, int64_t tokens, int64_t cols, const int
         });
     }
     return 0;
-} catch (const std::bad_alloc &) {
-    return fail(error, "there is not enough memory for these sparse corrections");
+} catch (...) {
+    return caught(error, "for these sparse corrections");
 }

@@ -1,9 +1,7 @@
 // Sweeps and coordinate descent: the C interface of sweep.h, and how rows are dealt out.
 #include "sweep.h"
 
-#include <atomic>
 #include <cstdio>
-#include <new>
 
 #include "kernels.h"
 
@@ -31,19 +29,13 @@ bool inside(const nf_lattice &l, const int64_t *block, const int64_t *unit, int6
 }
 
 // body(row, count, scratch) for all rows, `lanes` at a time.
-template <class Body> int over_rows(int64_t rows, int64_t bytes, char *message, const Body &body) {
+template <class Body> void over_rows(int64_t rows, int64_t bytes, const Body &body) {
     const int lanes = sweepers().lanes;
-    std::atomic<bool> exhausted{false};
     parallel((rows + lanes - 1) / lanes, [&](int64_t i) {
-        try {
-            void *scratch = aligned_work(static_cast<size_t>(bytes));
-            const int64_t row = i * lanes;
-            body(row, static_cast<int>(rows - row < lanes ? rows - row : lanes), scratch);
-        } catch (const std::bad_alloc &) {
-            exhausted = true;
-        }
+        void *scratch = aligned_work(static_cast<size_t>(bytes));
+        const int64_t row = i * lanes;
+        body(row, static_cast<int>(rows - row < lanes ? rows - row : lanes), scratch);
     });
-    return exhausted ? fail(message, "there is not enough memory to sweep this tensor") : 0;
 }
 
 }  // namespace
@@ -51,7 +43,7 @@ template <class Body> int over_rows(int64_t rows, int64_t bytes, char *message, 
 
 using namespace nf;
 
-NF_API int nf_sweep(const nf_lattice *lattice, const nf_panel *panel, char *message) {
+NF_API int nf_sweep(const nf_lattice *lattice, const nf_panel *panel, char *message) try {
     const nf_lattice &l = *lattice;
     const nf_panel &p = *panel;
     if (!sound(l) || p.width < 1 || p.start < 0 || p.stop > p.width || p.start > p.stop || (p.r && !p.original) ||
@@ -59,17 +51,23 @@ NF_API int nf_sweep(const nf_lattice *lattice, const nf_panel *panel, char *mess
         return fail(message, "the parts of this sweep do not fit together");
     }
     const Sweepers &s = sweepers();
-    return over_rows(l.rows, s.sweep_scratch(p.width), message,
-                     [&](int64_t row, int count, void *scratch) { s.sweep(l, p, row, count, scratch); });
+    over_rows(l.rows, s.sweep_scratch(p.width),
+              [&](int64_t row, int count, void *scratch) { s.sweep(l, p, row, count, scratch); });
+    return 0;
+} catch (...) {
+    return caught(message, "to sweep this tensor");
 }
 
-NF_API int nf_descend(const nf_lattice *lattice, const nf_run *run, char *message) {
+NF_API int nf_descend(const nf_lattice *lattice, const nf_run *run, char *message) try {
     const nf_lattice &l = *lattice;
     const nf_run &r = *run;
     if (!sound(l) || r.width < 1 || !inside(l, r.block, r.unit, r.width)) {
         return fail(message, "the parts of this descent do not fit together");
     }
     const Sweepers &s = sweepers();
-    return over_rows(l.rows, s.descend_scratch(r.width), message,
-                     [&](int64_t row, int count, void *scratch) { s.descend(l, r, row, count, scratch); });
+    over_rows(l.rows, s.descend_scratch(r.width),
+              [&](int64_t row, int count, void *scratch) { s.descend(l, r, row, count, scratch); });
+    return 0;
+} catch (...) {
+    return caught(message, "to sweep this tensor");
 }

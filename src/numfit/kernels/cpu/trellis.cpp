@@ -107,7 +107,7 @@ void encode_tile(const nf_trellis &code, const TrellisCosts &costs, const int16_
 using namespace nf;
 
 NF_API int nf_trellis_encode(const nf_trellis *code, const float *w, int64_t rows, int64_t cols, int64_t ldw, const float *inverse,
-                             uint8_t *symbols, int8_t *values, int64_t ld, char *error) {
+                             uint8_t *symbols, int8_t *values, int64_t ld, char *error) try {
     if (!possible(code) || !code->table || (values && !code->levels)) return refuse(error, "there is no such trellis");
     if (rows < 0 || cols < 0 || ldw < cols || ld < cols) return refuse(error, "rows of %lld weights and %lld symbols are too short", ldw, ld);
     TrellisCosts costs = {code->k, code->bits, int64_t{1} << (code->bits - code->k), 0, nullptr};
@@ -135,9 +135,11 @@ NF_API int nf_trellis_encode(const nf_trellis *code, const float *w, int64_t row
         }
     });
     return 0;
+} catch (...) {
+    return caught(error, "to encode this tensor");
 }
 
-NF_API int nf_trellis_decode(const nf_trellis *code, const uint8_t *symbols, int64_t rows, int64_t cols, int8_t *values, char *error) {
+NF_API int nf_trellis_decode(const nf_trellis *code, const uint8_t *symbols, int64_t rows, int64_t cols, int8_t *values, char *error) try {
     if (!possible(code) || !code->levels) return refuse(error, "there is no such trellis");
     const int64_t tiles = tiles_of(rows, cols), chunk = 16;
     parallel((tiles + chunk - 1) / chunk, [&](int64_t c) {
@@ -151,6 +153,8 @@ NF_API int nf_trellis_decode(const nf_trellis *code, const uint8_t *symbols, int
         }
     });
     return 0;
+} catch (...) {
+    return caught(error, "to decode this tensor");
 }
 
 // -- matrices for the kernels ---------------------------------------------------------------------------------------------------
@@ -265,7 +269,7 @@ void gather_trellis(const Layout &l, int64_t row, float *out) {
 
 }  // namespace nf
 
-NF_API nf_linear *nf_trellis_repack(const nf_trellis_matrix *m, char *error) {
+NF_API nf_linear *nf_trellis_repack(const nf_trellis_matrix *m, char *error) try {
     const nf_trellis some = m ? nf_trellis{m->k, m->bits, nullptr, nullptr} : nf_trellis{};
     if (!m || !possible(&some) || !m->levels || !m->codes || !m->scale || m->hashed < 0 || m->hashed > 8 || (m->hashed && !m->masks) ||
         (!m->hashed && m->bits != 8)) {
@@ -278,7 +282,7 @@ NF_API nf_linear *nf_trellis_repack(const nf_trellis_matrix *m, char *error) {
     for (int64_t r = 0; r < m->rows; r++) {
         if (!std::isfinite(m->scale[r])) return refuse(error, "the scale of row %lld is NaN or Inf; the file is damaged", r), nullptr;
     }
-    auto linear = std::make_unique<nf_linear>();
+    std::unique_ptr<nf_linear, void (*)(nf_linear *)> linear(new nf_linear(), nf_free);
     nf_linear &l = *linear;
     l.n = m->rows, l.k = m->cols, l.bits = m->k, l.members = 1;
     l.block = l.unit = m->cols, l.scale_kind = NF_ROW, l.has_member = l.has_zero = false;
@@ -331,6 +335,8 @@ NF_API nf_linear *nf_trellis_repack(const nf_trellis_matrix *m, char *error) {
     static const char *const kinds[] = {"64 levels", "64 levels and a sign", "128 levels and a sign", "256 levels"};
     l.kernel = std::to_string(m->k) + "-bit trellis of " + std::to_string(m->bits) + "-bit states, " + kinds[t.kind];
     return linear.release();
+} catch (...) {
+    return caught(error, "to pack this matrix"), nullptr;
 }
 
 NF_API int nf_trellis_unpack(const nf_linear *l, uint8_t *codes, char *error) {
