@@ -225,7 +225,7 @@ def test_positions_and_counts_are_checked(make: Any, monkeypatch: pytest.MonkeyP
     whole = decoder.logits(tokens())
     fresh = native_decoder.NativeDecoder(describe(model), exact=True)
     library, error = fresh._library, fresh._error
-    (module, kind), ids = fresh._description.ropes[0], tokens(70)
+    (module, kind), ids = fresh._description.ropes[0], tokens()
     cosine, sine = native_decoder.rotary_table(module, kind, 70)
     out = torch.full((70, fresh.vocabulary), 7.0)
 
@@ -233,8 +233,8 @@ def test_positions_and_counts_are_checked(make: Any, monkeypatch: pytest.MonkeyP
         return int(library.nf_decoder_reserve(handle, positions, *(None if t is None else t.data_ptr() for t in tables), error))
 
     def forward(handle: int | None, count: int, start: int, where: Tensor | None = out) -> int:
-        place = None if where is None else where.data_ptr()
-        return int(library.nf_decoder_forward(handle, ids.data_ptr(), count, start, 1, 1, place, error))
+        read, place = ids[max(start, 0) :].data_ptr() if start < LENGTH else 0, None if where is None else where.data_ptr()
+        return int(library.nf_decoder_forward(handle, read, count, start, 1, 1, place, error))
 
     assert forward(fresh._handle, 1, 0) and b"reserve more" in error.value
     for positions in (0, -1, -(1 << 62), (1 << 24) + 1, 1 << 62):
@@ -248,9 +248,7 @@ def test_positions_and_counts_are_checked(make: Any, monkeypatch: pytest.MonkeyP
     assert forward(fresh._handle, 40, 0) == 0 and torch.equal(out[:40], whole[:40])
     assert forward(fresh._handle, 1, 40) and b"reserve more" in error.value
     assert reserve(fresh._handle, 50, cosine, sine) == 0  # within the blocks there are: the tables grow
-    assert library.nf_decoder_forward(
-        fresh._handle, tokens()[40:].contiguous().data_ptr(), 10, 40, 1, 1, out.data_ptr(), error
-    ) == 0  # fmt: skip
+    assert forward(fresh._handle, 10, 40) == 0
     assert torch.equal(out[:10], whole[40:50]) and fresh.length == 50
     assert reserve(fresh._handle, 3, None, None) == 0 and fresh.length == 50  # there is more already
     with pytest.raises(OptionError, match="at most"):
