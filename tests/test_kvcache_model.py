@@ -177,6 +177,20 @@ def test_nan_is_not_masked(pair: str, isa: None) -> None:
         assert (most == -torch.inf).all() and (total == 0).all() and (out == 0).all()
 
 
+def test_the_kernel_leaves_what_it_would_misread() -> None:
+    if library.library() is None:
+        pytest.skip("this installation has no CPU kernels")
+    seen = view("tq3,mant4-g64", 64, tokens=300)
+    query = torch.randn(2, 2, 3, 64)
+    for other in (query.bfloat16(), query.double(), query[:1], query[:, :1], query.repeat(2, 1, 1, 1)):
+        assert kernel.attend(other, seen.keys, seen.values, None) is None
+    mask = torch.zeros(seen.length, 1, 1, 2).permute(3, 1, 2, 0)  # tokens lie apart
+    mask[0, 0, 0, 9] = mask[1, 0, 0, 70] = -torch.inf
+    for given in (mask, mask == 0):
+        have, want = (kernel.attend(query, seen.keys, seen.values, m) for m in (given, given.contiguous()))
+        assert have is not None and want is not None and all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
 def test_the_kernel_does_not_mind_torchs_defaults() -> None:
     """What the library gets is CPU memory of the right size, whatever new tensors are made of by default."""
     if library.library() is None:
