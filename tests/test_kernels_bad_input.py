@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from kernel_abi import Linear, Planes, Refused
 from kernel_oracle import dense, sample
 
 from numfit.errors import OptionError
-from numfit.formats import format
+from numfit.formats import format, onepass
+from numfit.kvcache import native as kvcache
 from numfit.native import ERROR_BYTES, isa, isa_names, library, set_isa, set_threads, threads
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels were not built: no compiler at install")
@@ -116,6 +118,130 @@ def test_impossible_calls_are_refused() -> None:
     assert lib.nf_gather(None, a, 0, b, error) != 0 and lib.nf_repack(None, error) is None
     lib.nf_free(None)
     np.testing.assert_allclose(w.apply(x, exact=True), x @ dense(q).T, rtol=1e-4, atol=1e-4)
+
+
+def pointer(t: torch.Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def refused(name: str, *arguments: Any) -> None:
+    """A function of the library says in one sentence what it does not take."""
+    lib, error = library(), ctypes.create_string_buffer(ERROR_BYTES)
+    assert lib is not None and getattr(lib, name)(*arguments, error) != 0, arguments
+    one_sentence(error.value.decode())
+
+
+SIZES = (0, -1, -16, -(1 << 62), 1 << 62, (1 << 63) - 1)
+
+
+def test_impossible_attention_is_refused() -> None:
+    heads, queries, dim, tokens, block = 6, 2, 32, 48, 128
+    codes, scale = torch.full((heads, block, dim), 3, dtype=torch.uint8), torch.ones(heads, block, 1).half()
+    planes = [(ctypes.c_void_p * 1)(t.data_ptr()) for t in (codes, scale)]
+    q, mask = torch.zeros(heads, queries, dim), torch.zeros(2, tokens)
+    results = [torch.full((heads, queries, n), 7.0) for n in (1, 1, dim)]
+
+    def arguments(changed: dict[str, Any] | None = None, **sizes: Any) -> list[Any]:
+        stream = kvcache._Stream(bits=8, row=dim, group=dim, members=1, codes=ctypes.cast(planes[0], ctypes.c_void_p),
+                                 scale=ctypes.cast(planes[1], ctypes.c_void_p))  # fmt: skip
+        for name, value in (changed or {}).items():
+            setattr(stream, name, value)
+        given = {"keys": ctypes.byref(stream), "values": ctypes.byref(stream), "heads": heads, "queries": queries, "dim": dim,
+                 "width": dim, "tokens": tokens, "block": block, "q": q.data_ptr(), "bias": None, "mask": mask.data_ptr(),
+                 "mask_heads": 3, "most": results[0].data_ptr(), "sum": results[1].data_ptr(),
+                 "out": results[2].data_ptr()}  # fmt: skip
+        return list((given | sizes).values())
+
+    for size in ("heads", "queries", "dim", "width", "tokens", "block"):
+        for value in SIZES:
+            refused("nf_attend", *arguments(**{size: value}))
+            refused("nf_attend", *arguments({"channel": 1}, **{size: value}))
+    for mask_heads in (0, -1, 4, 7, -3):  # does not divide the heads
+        refused("nf_attend", *arguments(mask_heads=mask_heads))
+    for null in ("keys", "values", "q", "most", "sum", "out"):
+        refused("nf_attend", *arguments(**{null: None}))
+    empty = ctypes.cast((ctypes.c_void_p * 1)(), ctypes.c_void_p)
+    for change in ({"codes": None}, {"scale": None}, {"codes": empty}, {"scale": empty}, {"low": empty}, {"row": 0}, {"row": 64},
+                   {"group": 0}, {"group": 64}, {"bits": 5}, {"unit": -1}, {"unit": 64}, {"members": 2}):  # fmt: skip
+        refused("nf_attend", *arguments(change))
+    assert all(bool((r == 7).all()) for r in results)
+    lib, error = library(), ctypes.create_string_buffer(ERROR_BYTES)
+    assert lib is not None and lib.nf_attend(*arguments(), error) == 0
+    assert torch.equal(results[2] / results[1], torch.full_like(results[2], 3.0))
+    assert lib.nf_attend(*arguments(mask=None, mask_heads=0), error) == 0
+
+
+def test_impossible_searches_are_refused() -> None:
+    rows, cols = 3, 64
+    levels, cuts, tops = torch.arange(8.0), torch.arange(7) + 0.5, torch.tensor([7.0])
+    factors, w = torch.tensor([1.0, 0.9]), torch.ones(rows, cols)
+    scale, member = torch.full((rows, 2), 7.0), torch.zeros(rows, 2, dtype=torch.uint8)
+    scales, errors = torch.ones(1, 2), torch.full((rows, 1, 2), 7.0)
+    lib, error = library(), ctypes.create_string_buffer(ERROR_BYTES)
+    assert lib is not None
+
+    def request(**changed: Any) -> Any:
+        parts = {"members": 1, "ranks": 8, "levels": levels.data_ptr(), "thresholds": cuts.data_ptr(), "tops": tops.data_ptr(),
+                 "mirrored": 1, "block": 32, "factors": factors.data_ptr(), "candidates": 2}  # fmt: skip
+        return ctypes.byref(onepass._Search(**(parts | changed)))
+
+    def arrays(**changed: Any) -> list[int | None]:
+        given = {"h": None, "parent": None, "scale": scale, "error": None, "member": None, "zero": None}
+        return [pointer(t) for t in (given | changed).values()]
+
+    impossible = ({"members": 0}, {"members": 300}, {"members": -1}, {"ranks": 0}, {"ranks": -1}, {"ranks": 257},
+                  {"levels": None}, {"thresholds": None}, {"tops": None}, {"factors": None}, {"candidates": 0}, {"candidates": -1}, {"block": 0},
+                  {"block": -1}, {"block": 1 << 62}, {"unit": -1}, {"unit": 1 << 62}, {"promising": 2}, {"rounding": 9},
+                  {"affine": 1, "members": 2})  # fmt: skip
+    for how in [None, *(request(**change) for change in impossible)]:
+        refused("nf_fit", how, w.data_ptr(), rows, cols, *arrays())
+        refused("nf_row_errors", how, w.data_ptr(), rows, cols, None, scales.data_ptr(), None, errors.data_ptr())
+    for n, k in ((-1, cols), (rows, 0), (rows, -1), (1 << 62, cols), (rows, 1 << 62), (1 << 40, 1 << 40), (0, 0)):
+        refused("nf_fit", request(), w.data_ptr(), n, k, *arrays())
+        refused("nf_row_errors", request(), w.data_ptr(), n, k, None, scales.data_ptr(), None, errors.data_ptr())
+    refused("nf_fit", request(), None, rows, cols, *arrays())
+    refused("nf_fit", request(), w.data_ptr(), rows, cols, *arrays(scale=None))
+    refused("nf_fit", request(each=1), w.data_ptr(), rows, cols, *arrays())
+    refused("nf_fit", request(affine=1), w.data_ptr(), rows, cols, *arrays())
+    refused("nf_fit", request(unit=4), w.data_ptr(), rows, cols, *arrays())
+    for arguments in ((None, 1, 1), (1, None, 1), (1, 1, None)):
+        a, b, c = (t.data_ptr() if given else None for t, given in zip((w, scales, errors), arguments))
+        refused("nf_row_errors", request(), a, rows, cols, None, b, None, c)
+    assert lib.nf_fit(request(), None, 0, cols, *arrays(scale=None), error) == 0  # no rows: nothing to do
+    assert lib.nf_row_errors(request(), None, 0, cols, None, None, None, None, error) == 0
+    assert bool((scale == 7).all()) and bool((errors == 7).all())
+    assert lib.nf_fit(request(), w.data_ptr(), rows, cols, *arrays(member=member), error) == 0
+    assert lib.nf_row_errors(request(), w.data_ptr(), rows, cols, None, scales.data_ptr(), None, errors.data_ptr(), error) == 0
+    assert bool((scale != 7).all()) and bool((errors == 0).all())
+
+
+def test_impossible_encodings_are_refused() -> None:
+    rows, cols = 3, 64
+    cuts, table = torch.arange(7) + 0.5, torch.arange(8, dtype=torch.uint8)
+    w, scale = torch.full((rows, cols), 5.0), torch.ones(rows, 2)
+    out = torch.full((rows, cols), 77, dtype=torch.uint8)
+    lib, error = library(), ctypes.create_string_buffer(ERROR_BYTES)
+    assert lib is not None
+
+    def request(**changed: Any) -> Any:
+        parts = {"members": 1, "ranks": 8, "thresholds": cuts.data_ptr(), "codes": table.data_ptr(), "block": 32, "unit": 32,
+                 "scale": scale.data_ptr()}  # fmt: skip
+        return ctypes.byref(onepass._Codes(**(parts | changed)))
+
+    whole = (w.data_ptr(), rows, cols, out.data_ptr())
+    for change in ({"members": 0}, {"members": 257}, {"ranks": 0}, {"ranks": 257}, {"thresholds": None}, {"codes": None},
+                   {"block": 0}, {"block": 1 << 62, "unit": 1 << 62}, {"unit": 0}, {"unit": 33}, {"scale": None}):  # fmt: skip
+        refused("nf_encode", request(**change), *whole)
+    refused("nf_encode", None, *whole)
+    refused("nf_encode", request(), None, rows, cols, out.data_ptr())
+    refused("nf_encode", request(), w.data_ptr(), rows, cols, None)
+    for n, k in ((-1, cols), (rows, -1), (1 << 62, cols), (rows, 1 << 62), (1 << 40, 1 << 40)):
+        refused("nf_encode", request(), w.data_ptr(), n, k, out.data_ptr())
+    for n, k in ((0, cols), (rows, 0), (0, 0)):  # nothing to do
+        assert lib.nf_encode(request(), None, n, k, None, error) == 0
+        assert lib.nf_encode(request(), w.data_ptr(), n, k, out.data_ptr(), error) == 0
+    assert bool((out == 77).all())
+    assert lib.nf_encode(request(), *whole, error) == 0 and bool((out == 5).all())
 
 
 def test_unknown_instruction_sets_are_refused() -> None:

@@ -148,6 +148,49 @@ def test_the_kernel_agrees_with_pytorch(pair: str, dim: int, isa: None) -> None:
                 assert all(torch.equal(r, results[0]) for r in results)
 
 
+@pytest.mark.parametrize("pair", ["asym4-g128/channel,asym4-g64", "tq4,tq4", "sym8-g32,sym8-g32", "mant4-g64,int4-g64/channel"])
+def test_nan_is_not_masked(pair: str, isa: None) -> None:
+    """A NaN score makes the output of its query NaN, as in PyTorch, and of no other; what is masked out counts for nothing."""
+    if library.library() is None:
+        pytest.skip("this installation has no CPU kernels")
+    seen = view(pair, 64, tokens=5000)  # several pieces of blocks
+    clean = torch.randn(2, 4, 1, 64, generator=torch.Generator().manual_seed(3))
+    query = clean.clone()
+    query[0, 1, 0, 7] = torch.nan
+    padded = torch.ones(2, 1, 1, seen.length, dtype=torch.bool)
+    padded[:, :, :, :600] = False  # and a whole block
+    far = torch.zeros(padded.shape)
+    far[1, :, :, 1700] = torch.nan  # a mask that is itself NaN in one place
+    for name in library.isa_names():
+        library.set_isa(name)
+        for mask in (None, padded, torch.zeros(padded.shape).masked_fill(~padded, torch.finfo(torch.float32).min)):
+            have, want = attend(query, seen, 0.1, mask), attend(clean, seen, 0.1, mask)
+            assert have[0, 1].isnan().all() and have.isnan().sum() == have[0, 1].numel(), (name, mask is None)
+            rest = ~have.isnan()
+            assert torch.equal(have[rest], want[rest])
+            assert torch.equal(attend(query, seen, 0.1, mask, compiled=False).isnan(), have.isnan())
+        have = attend(clean, seen, 0.1, far)
+        assert have[1].isnan().all() and not have[0].isnan().any()
+        masked = kernel.attend(query, seen.keys, seen.values, torch.zeros(padded.shape, dtype=torch.bool))
+        assert masked is not None
+        most, total, out = masked
+        assert (most == -torch.inf).all() and (total == 0).all() and (out == 0).all()
+
+
+def test_the_kernel_leaves_what_it_would_misread() -> None:
+    if library.library() is None:
+        pytest.skip("this installation has no CPU kernels")
+    seen = view("tq3,mant4-g64", 64, tokens=300)
+    query = torch.randn(2, 2, 3, 64)
+    for other in (query.bfloat16(), query.double(), query[:1], query[:, :1], query.repeat(2, 1, 1, 1)):
+        assert kernel.attend(other, seen.keys, seen.values, None) is None
+    mask = torch.zeros(seen.length, 1, 1, 2).permute(3, 1, 2, 0)  # tokens lie apart
+    mask[0, 0, 0, 9] = mask[1, 0, 0, 70] = -torch.inf
+    for given in (mask, mask == 0):
+        have, want = (kernel.attend(query, seen.keys, seen.values, m) for m in (given, given.contiguous()))
+        assert have is not None and want is not None and all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
 def test_the_kernel_does_not_mind_torchs_defaults() -> None:
     """What the library gets is CPU memory of the right size, whatever new tensors are made of by default."""
     if library.library() is None:

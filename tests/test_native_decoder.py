@@ -13,7 +13,7 @@ from torch import Tensor
 
 from numfit import native
 from numfit.cli.main import main
-from numfit.errors import OptionError
+from numfit.errors import NumfitError, OptionError
 from numfit.runtime import generate, load, native_decoder
 from numfit.runtime.description import RotationSpec, TermsSpec, Unsupported, _Builder, describe
 from numfit.runtime.generate import why_not_native
@@ -216,6 +216,47 @@ def test_longer_than_a_chunk_and_than_the_first_room(make: Any) -> None:
     have = decoder.forward(ids[1000:], 1000)
     assert decoder.nbytes > before
     assert difference(have, want) < 2e-3
+
+
+def test_positions_and_counts_are_checked(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library itself: what is not reserved, negative or absurd is refused, and nothing is written."""
+    model, _ = make("llama")
+    decoder = decoder_of(model)
+    whole = decoder.logits(tokens())
+    fresh = native_decoder.NativeDecoder(describe(model), exact=True)
+    library, error = fresh._library, fresh._error
+    (module, kind), ids = fresh._description.ropes[0], tokens()
+    cosine, sine = native_decoder.rotary_table(module, kind, 70)
+    out = torch.full((70, fresh.vocabulary), 7.0)
+
+    def reserve(handle: int | None, positions: int, *tables: Tensor | None) -> int:
+        return int(library.nf_decoder_reserve(handle, positions, *(None if t is None else t.data_ptr() for t in tables), error))
+
+    def forward(handle: int | None, count: int, start: int, where: Tensor | None = out) -> int:
+        read, place = ids[max(start, 0) :].data_ptr() if start < LENGTH else 0, None if where is None else where.data_ptr()
+        return int(library.nf_decoder_forward(handle, read, count, start, 1, 1, place, error))
+
+    assert forward(fresh._handle, 1, 0) and b"reserve more" in error.value
+    for positions in (0, -1, -(1 << 62), (1 << 24) + 1, 1 << 62):
+        assert reserve(fresh._handle, positions, cosine, sine) and b"absurd" in error.value
+    assert reserve(fresh._handle, 40, cosine, None) and b"tables" in error.value
+    assert reserve(None, 40, cosine, sine) and forward(None, 1, 0) and library.nf_decoder_length(None) == 0
+    assert reserve(fresh._handle, 40, cosine, sine) == 0
+    for count, start in ((41, 0), (1 << 62, 0), (0, 0), (-1, 0), (1, -1), (1, 1), (1 << 62, 1 << 62)):  # blocks have room for 64
+        assert forward(fresh._handle, count, start), (count, start)
+    assert forward(fresh._handle, 1, 0, None) and fresh.length == 0 and bool((out == 7).all())
+    assert forward(fresh._handle, 40, 0) == 0 and torch.equal(out[:40], whole[:40])
+    assert forward(fresh._handle, 1, 40) and b"reserve more" in error.value
+    assert reserve(fresh._handle, 50, cosine, sine) == 0  # within the blocks there are: the tables grow
+    assert forward(fresh._handle, 10, 40) == 0
+    assert torch.equal(out[:10], whole[40:50]) and fresh.length == 50
+    assert reserve(fresh._handle, 3, None, None) == 0 and fresh.length == 50  # there is more already
+    with pytest.raises(OptionError, match="at most"):
+        decoder._reserve((1 << 24) + 1)
+    monkeypatch.setattr(native_decoder, "rotary_table", lambda *args: (cosine, sine))
+    with pytest.raises(NumfitError, match="rotary tables are not of 2048 positions"):
+        decoder._reserve(1100)
+    assert torch.equal(decoder.logits(tokens()), whole)
 
 
 @pytest.mark.parametrize("kept", ["embedding", "head"])

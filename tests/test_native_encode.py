@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from numfit.formats import Format, Params, bases, decode, encode, fit, fitter, format, quantize_tensor
+from numfit.errors import NumfitError
+from numfit.formats import Format, Params, bases, decode, encode, fit, fitter, format, onepass, quantize_tensor
 from numfit.formats import codec as codec_module
 from numfit.formats import fit as fit_function
+from numfit.formats.nearest import tables
 from numfit.native import isa_names, library, set_isa
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels were not built: no compiler at install")
@@ -124,6 +126,30 @@ def test_against_exhaustive_search_in_float64(name: str) -> None:
                 for scale in [float((x.abs().max() / grid.max_level).to(torch.float16))]
             )  # fmt: skip
             assert float(have[row, start : start + block].sum()) == pytest.approx(least, rel=1e-5)
+
+
+def test_what_the_library_would_misread_is_refused() -> None:
+    fmt, w = format("fp4.25-g32"), weights(6, 96, 3)
+    t, params = tables(fmt.members, fmt.rounding, torch.device("cpu")), fit(fmt, w)
+    scale, member = params.effective_scale(), params.member
+    assert member is not None and member.shape == (6, 24) and scale.shape == (6, 3)
+    assert torch.equal(onepass.encode(t, w, 32, 4, scale, None, member), encode(fmt, w, params))
+    for bad in ((scale[:5], None, member), (scale[:, :2], None, member), (scale, scale[:, :1], member),
+                (scale, None, member[:, :23]), (scale, None, member[:3])):  # fmt: skip
+        with pytest.raises(NumfitError, match="do not fit together"):
+            onepass.encode(t, w, 32, 4, *bad)
+    with pytest.raises(NumfitError, match="do not fit together"):
+        onepass.encode(t._replace(thresholds=t.thresholds[:, 1:]), w, 32, 4, scale, None, member)
+    search = fitter.Fitter(fmt, None, "mse", w.device, w.numel()).native
+    assert search is not None
+    for h in (torch.ones(95), torch.ones(1, 96), torch.ones(6, 96)):
+        for call in (lambda: search.fit(w, h, None, 32, 8), lambda: search.choose(w, h, 1.0),  # noqa: B023
+                     lambda: search.row_errors(w, h, torch.ones(1, 3), None)):  # noqa: B023  # fmt: skip
+            with pytest.raises(NumfitError, match="do not fit together"):
+                call()
+    for s, zero in ((torch.ones(3, 3), None), (torch.ones(3), None), (torch.ones(1, 3), torch.ones(1, 2))):
+        with pytest.raises(NumfitError, match="do not fit together"):
+            search.row_errors(w, None, s, zero)
 
 
 def test_nothing_to_do() -> None:

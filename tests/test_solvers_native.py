@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +17,7 @@ from numfit.errors import NumfitError
 from numfit.formats import Format, Params, bases, encode, fit, format
 from numfit.native import isa_names, library, set_isa
 from numfit.solvers.compiled import compiled_panel, compiled_run
-from numfit.solvers.descent import descent, eager_run
+from numfit.solvers.descent import Run, descent, eager_run
 from numfit.solvers.linalg import cholesky_inverse_upper
 from numfit.solvers.options import ORDERS, SolverOptions
 from numfit.solvers.order import make_plan, small_units
@@ -154,3 +159,81 @@ def test_what_does_not_fit_together_is_refused() -> None:
         compiled_panel(panel, 0, 32, rounder, True)
     with pytest.raises(NumfitError, match="do not fit together"):
         compiled_panel(panel._replace(block=plan.block), 3, 33, rounder, True)
+
+
+def parts() -> tuple[Panel, Run, Rounder]:
+    """A panel, a run and a rounder of 4 × 32 weights that fit together."""
+    fmt = format("ams-e2m2k4-g16")
+    w, h = layer(4, 32)
+    params = fit(fmt, w)
+    plan = make_plan(fmt, h.diagonal(), "none", False, 32)
+    codes, u = encode(fmt, w, params), torch.eye(32)
+    panel = Panel(w.clone(), w.clone(), u, Terms(u, u), plan.block, plan.unit, codes, w.clone(), w.clone())
+    return panel, Run(0, h, w.clone(), w, w.clone(), codes.clone(), plan.block, plan.unit), Rounder(fmt, params, 32)
+
+
+def short(t: Tensor) -> tuple[Tensor, ...]:
+    """What the library would read or write beyond, or misread."""
+    wide = torch.zeros(len(t), 64, dtype=t.dtype)[:, ::2]
+    other = torch.float64 if t.dtype == torch.float32 else torch.int32
+    return t[:, :31], t[:3], wide, t.to(other), t.half()
+
+
+def misfits() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every way of not fitting, and how it is called."""
+    panel, run, rounder = parts()
+    for name in ("w", "original", "u", "codes", "error", "before"):
+        for t in short(getattr(panel, name)):
+            yield name, partial(compiled_panel, panel._replace(**{name: t}), 0, 32, rounder, True)
+    for name in ("h", "gradient", "w", "q", "codes"):
+        for i, t in enumerate(short(getattr(run, name))):
+            if (name, i) != ("gradient", 2):  # is copied
+                yield name, partial(compiled_run, run._replace(**{name: t}), rounder, True)
+    for t in short(panel.u):
+        yield "p", partial(compiled_panel, panel._replace(terms=Terms(t)), 0, 32, rounder, True)
+        yield "r", partial(compiled_panel, panel._replace(terms=Terms(None, t)), 0, 32, rounder, True)
+    for name in ("block", "unit"):
+        for t in (panel.block[:31], panel.block.int(), panel.block.repeat_interleave(2)[::2]):
+            yield name, partial(compiled_panel, panel._replace(**{name: t}), 0, 32, rounder, True)
+            yield name, partial(compiled_run, run._replace(**{name: t}), rounder, True)
+    far = torch.zeros(4, 64)[:, :32]
+    yield "distance", partial(compiled_run, run._replace(q=far), rounder, True)
+    assert rounder.member is not None
+    for name, wrong in (
+        ("scale", rounder.scale[:, :1]), ("scale", rounder.scale[:3]), ("zero", rounder.scale[:, :1]), ("member", None),
+        ("member", rounder.member[:, :3]), ("member", rounder.member[:1, :1]), ("member", rounder.member.int()),
+        ("member", rounder.member.repeat_interleave(2, 1)[:, ::2]),
+    ):  # fmt: skip
+        other = copy.copy(rounder)
+        setattr(other, name, wrong)
+        yield name, partial(compiled_panel, panel, 0, 32, other, True)
+        yield name, partial(compiled_run, run, other, True)
+
+
+def test_what_the_library_would_misread_is_refused() -> None:
+    panel, run, rounder = parts()
+    compiled_panel(panel, 0, 32, rounder, True)
+    compiled_run(run, rounder, True)
+    count = 0
+    for name, call in misfits():
+        try:
+            call()
+        except NumfitError as error:
+            assert "do not fit together" in str(error), name
+            count += 1
+        else:
+            raise AssertionError(name)
+    assert count > 100
+
+
+def test_it_is_refused_without_assertions_too() -> None:
+    lib = library()
+    assert lib is not None
+    code = (
+        "import sys, numfit.native; numfit.native.load(sys.argv[1]); import test_solvers_native as t; "
+        "print(__debug__); t.test_what_the_library_would_misread_is_refused(); print('refused')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-O", "-c", code, str(lib._name)], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0 and run.stdout == "False\nrefused\n", run.stderr

@@ -13,6 +13,7 @@ from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c
 import torch
 from torch import Tensor
 
+from numfit.errors import NumfitError
 from numfit.formats.nearest import Ladder, Tables
 from numfit.formats.scale import FP16_MIN, PARENT_MIN, STORES, Scale
 from numfit.native import call, declare, library
@@ -57,6 +58,18 @@ def usable(device: torch.device) -> bool:
 
 def _address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
+
+
+def _require(held: bool, what: str) -> None:
+    """The library reads and writes where it is told to, so this is no `assert`, which `python -O` leaves out."""
+    if not held:
+        raise NumfitError(f"the parts of this tensor do not fit together: {what}")
+
+
+def _units(k: int, block: int, unit: int) -> int:
+    """Units of a row."""
+    whole, tail = divmod(k, block)
+    return whole * -(-block // unit) + -(-tail // unit)
 
 
 def _plain(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -134,7 +147,7 @@ class Search:
         error = w.new_empty(shape) if each else None
         member = None
         if (self.members > 1 or self.unit) and not each:
-            units = self._units(k, block) if self.unit else blocks
+            units = _units(k, block, self.unit) if self.unit else blocks
             member = w.new_empty((rows, units), dtype=torch.uint8)
         zero = w.new_empty(shape) if self.zero else None
         changes = {"rounding": _FREE, "low": PARENT_MIN} if free else {}
@@ -146,7 +159,7 @@ class Search:
         """Best members of the units of w [R, K] under one scale: uint8 [R, units]."""
         w = _plain(w)
         rows, k = w.shape
-        member = w.new_empty((rows, self._units(k, k)), dtype=torch.uint8)
+        member = w.new_empty((rows, _units(k, k, self.unit)), dtype=torch.uint8)
         request = self._request(k, candidates=0)
         self._fit(request, w, h, None, w.new_full((rows, 1), scale), None, member, None)
         return member
@@ -154,6 +167,10 @@ class Search:
     def row_errors(self, w: Tensor, h: Tensor | None, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Errors of whole rows w [R, K] under scales (and zeros) [M, C], or [1, C], that all share: fp32 [R, M, C]."""
         w, scale, zero = _plain(w), _plain(scale), None if zero is None else _plain(zero)
+        sets = 1 if self.unit else self.members
+        _require(scale.shape[:-1] == (sets,), f"scales {tuple(scale.shape)} are not of {sets} members")
+        _require(zero is None or zero.shape == scale.shape, "zero points are not as many as scales")
+        _require(h is None or h.shape == w.shape[1:], "importance is not of its columns")
         out = w.new_empty((len(w), *scale.shape))
         request = self._request(w.shape[1], candidates=scale.shape[1])
         h = None if h is None else _plain(h)
@@ -161,13 +178,10 @@ class Search:
         call("nf_row_errors", *request_and_weights, _address(h), scale.data_ptr(), _address(zero), out.data_ptr())
         return out
 
-    def _units(self, k: int, block: int) -> int:
-        whole, tail = divmod(k, block)
-        return whole * -(-block // self.unit) + -(-tail // self.unit)
-
     @staticmethod
     def _fit(request: _Search, w: Tensor, h: Tensor | None, parent: Tensor | None, scale: Tensor, error: Tensor | None,
              member: Tensor | None, zero: Tensor | None) -> None:  # fmt: skip
+        _require(h is None or h.shape == w.shape[1:], "importance is not of its columns")
         h = None if h is None else _plain(h)
         parent = None if parent is None else _plain(parent.expand(len(w), 1))
         call("nf_fit", byref(request), w.data_ptr(), *w.shape, *map(_address, (h, parent, scale, error, member, zero)))
@@ -187,10 +201,16 @@ def encode(
     w, scale = _plain(w), _plain(scale)
     zero = None if zero is None else _plain(zero)
     member = None if member is None else _plain(member, torch.uint8)
-    thresholds, codes = tables.thresholds.contiguous(), tables.codes.contiguous()
+    thresholds, codes = _plain(tables.thresholds), _plain(tables.codes, torch.uint8)
+    (rows, k), (members, ranks) = w.shape, codes.shape
+    _require(thresholds.shape == (members, ranks - 1), f"thresholds {tuple(thresholds.shape)} are not those of {ranks} codes")
+    _require(scale.numel() in (1, rows * -(-k // block)), f"scales {tuple(scale.shape)} are not those of its blocks")
+    _require(zero is None or zero.numel() == scale.numel(), "zero points are not as many as scales")
+    counts = (1, rows * _units(k, block, unit))
+    _require(member is None or member.numel() in counts, "members are not those of its units")
     out = torch.empty_like(w, dtype=torch.uint8)
     request = _Codes(
-        len(codes), codes.shape[1], thresholds.data_ptr(), codes.data_ptr(), block, unit, scale.data_ptr(), _address(zero),
+        members, ranks, thresholds.data_ptr(), codes.data_ptr(), block, unit, scale.data_ptr(), _address(zero),
         _address(member), scale.numel() == 1, member is not None and member.numel() == 1,
     )  # fmt: skip
     call("nf_encode", byref(request), w.data_ptr(), *w.shape, out.data_ptr())

@@ -116,6 +116,9 @@ def turn_native(x: Tensor, rotation: Rotation, back: bool) -> Tensor:
     """
     lib = library()
     assert lib is not None
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
+        raise NumfitError(f"rows to rotate are fp32 or bf16 on the CPU here, not {x.dtype} on '{x.device}'")
+    x = x.contiguous()
     rows, k = x.shape
     s, d = constants(k, rotation)
     out = torch.empty_like(x, dtype=torch.float32)

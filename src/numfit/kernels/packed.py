@@ -323,7 +323,7 @@ def _linear_with_side(packed: PackedLinear, side: SideTerms, x: Tensor, bias: Te
 
 def _rows(index: Tensor, key: int, columns: int) -> Tensor:
     packed = _find(key, None, columns)
-    index = index.contiguous()
+    index = index.to(torch.int64).contiguous()
     out = _empty((len(index), columns), torch.float32)
     error = ctypes.create_string_buffer(ERROR_BYTES)
     if failed := packed._lib.nf_gather(packed.handle, index.data_ptr(), len(index), out.data_ptr(), error):

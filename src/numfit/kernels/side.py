@@ -67,6 +67,10 @@ class SideTerms:
         """y [T, N] += (B·A + S)·x', for x' [T, K] from `inputs`; both fp32 and contiguous."""
         lib, (n, k) = library(), self.shape
         assert lib is not None
+        if x.shape != (len(x), k) or y.shape != (len(x), n) or any(
+            t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous() for t in (x, y)
+        ):
+            raise OptionError(f"side terms of shape ({n}, {k}) cannot be added to {tuple(y.shape)} from {tuple(x.shape)}")
         error = ctypes.create_string_buffer(ERROR_BYTES)
         for function, left, right in ((lib.nf_add_lowrank, self.a, self.b), (lib.nf_add_sparse, self.index, self.value)):
             if left is None or right is None:

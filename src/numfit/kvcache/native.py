@@ -120,6 +120,8 @@ def attend(query: Tensor, keys: Snapshot, values: Snapshot, mask: Tensor | None)
     tokens = min(keys.count, values.count)
     if count > QUERIES or tokens == 0 or query.device.type != "cpu" or keys.sink != values.sink:
         return None
+    if query.dtype != torch.float32 or any(t.blocks[0]["codes"].shape[:2] != (batch, heads) for t in (keys, values)):
+        return None
     of_keys, of_values = (kind(t.stream, t.dim) for t in (keys, values))
     block = block_tokens(keys.stream)
     if of_keys is None or of_values is None or block != block_tokens(values.stream) or "mean" in values.const:
@@ -136,7 +138,7 @@ def attend(query: Tensor, keys: Snapshot, values: Snapshot, mask: Tensor | None)
             return None
         part = part[:, 0, 0].expand(batch, tokens)
         if part.dtype == torch.bool:
-            added = torch.zeros_like(part, dtype=torch.float32).masked_fill_(~part, -torch.inf)
+            added = torch.zeros_like(part, dtype=torch.float32).masked_fill_(~part, -torch.inf).contiguous()
         else:
             added = part.float().contiguous()
     query = query.contiguous()

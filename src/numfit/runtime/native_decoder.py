@@ -31,6 +31,7 @@ PROOF_WINDOW = 4  # of sliding windows while a model is proven: some of the toke
 # three bits without a text, which amplify whatever reaches them, by 0.013. Another structure differs by far more.
 TOLERANCE = 3e-2
 FIRST_ROOM = 1024  # positions
+MOST_ROOM = 1 << 24  # that the library reserves
 _HALVES = (torch.float16, torch.bfloat16)
 
 native.declare("nf_decoder_create", c_void_p, POINTER(Spec), ctypes.c_char_p)
@@ -52,7 +53,8 @@ class NativeDecoder:
 
     def __init__(self, description: Description, exact: bool) -> None:
         library = native.library()
-        assert library is not None
+        if library is None:
+            raise Unsupported("the CPU kernels are not installed")
         self._library, self._description, spec = library, description, description.spec
         self.vocabulary, self.exact, self.threads = int(spec.vocab), exact, torch.get_num_threads()
         self._error = ctypes.create_string_buffer(native.ERROR_BYTES)
@@ -89,7 +91,7 @@ class NativeDecoder:
             fp32 [vocabulary], or [T, vocabulary].
 
         Raises:
-            OptionError: no tokens, one out of the vocabulary, a gap before `start`; `out` does not fit.
+            OptionError: no tokens, one out of the vocabulary, a gap before `start`, more than there can be; `out` does not fit.
             NumfitError: not enough memory.
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64, device="cpu").contiguous()
@@ -120,9 +122,14 @@ class NativeDecoder:
     def _reserve(self, positions: int) -> None:
         if positions <= self._room:
             return
+        if positions > MOST_ROOM:
+            raise OptionError(f"the decoder has at most {MOST_ROOM} positions, not {positions}")
         room = max(FIRST_ROOM, 1 << (positions - 1).bit_length())
         pairs = [rotary_table(module, kind, room) for module, kind in self._description.ropes]
-        cosine, sine = (torch.stack(tables) for tables in zip(*pairs)) if pairs else (None, None)
+        cosine, sine = (torch.stack(tables).float().contiguous() for tables in zip(*pairs)) if pairs else (None, None)
+        spec = self._description.spec
+        if any(t is not None and t.shape != (spec.ropes, room, spec.rotary) for t in (cosine, sine)):
+            raise NumfitError(f"the model's rotary tables are not of {room} positions and {spec.rotary} dimensions")
         places = (None if table is None else table.data_ptr() for table in (cosine, sine))
         if failed := self._library.nf_decoder_reserve(self._handle, room, *places, self._error):
             raise native.refusal(failed, self._error)

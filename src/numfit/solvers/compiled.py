@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from numfit.errors import NumfitError
 from numfit.formats.learned import NATIVE_ROWS
 from numfit.formats.params import row_chunks
 from numfit.native import call, declare, library
@@ -75,9 +76,13 @@ def compiled_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose
             compiled_panel(rows, start, stop, rounder.part(s), choose)
         return
     p, r = panel.terms
-    for part in (panel.w, panel.codes, panel.u, p, r):
-        assert part is None or part.stride(1) == 1 or part.shape[1] == 1  # rows lie in one piece
-    assert panel.original is None or panel.original.is_contiguous()
+    for part, rows in ((panel.w, n), (panel.u, width), (p, width), (r, width)):
+        _require(part is None or _in_rows(part, (rows, width)), "an array is not fp32 rows of the panel's width")
+    for part in (panel.original, panel.error, panel.before):
+        there = part is None or (_in_rows(part, (n, width)) and part.is_contiguous())
+        _require(there, "what belongs to columns is not fp32 rows of the panel's width, one behind the other")
+    _require(_in_rows(panel.codes, (n, width), torch.uint8), "codes are not a byte each of the panel's columns")
+    _require(_of_columns(panel.block, width) and _of_columns(panel.unit, width), "blocks and units are not those of its columns")
     lattice, kept = _lattice(rounder, n, choose)
     request = _Panel(
         width, start, stop, panel.w.data_ptr(), panel.w.stride(0), panel.u.data_ptr(), _address(p), _address(r),
@@ -101,7 +106,11 @@ def compiled_run(run: Run, rounder: Rounder, choose: bool) -> None:
             compiled_run(part, rounder.part(s), choose)
         return
     gradient = run.gradient.contiguous()
-    assert run.w.stride() == run.q.stride()
+    for part, rows in ((gradient, n), (run.h, width), (run.w, n), (run.q, n)):
+        _require(_in_rows(part, (rows, width)), "an array is not fp32 rows of the run's width")
+    _require(run.w.stride() == run.q.stride(), "weights and values lie at different distances")
+    _require(_in_rows(run.codes, (n, width), torch.uint8), "codes are not a byte each of the run's columns")
+    _require(_of_columns(run.block, width) and _of_columns(run.unit, width), "blocks and units are not those of its columns")
     lattice, kept = _lattice(rounder, n, choose)
     request = _Run(
         width, run.h.data_ptr(), run.h.stride(0), gradient.data_ptr(), run.w.data_ptr(), run.q.data_ptr(), run.q.stride(0),
@@ -114,6 +123,7 @@ def compiled_run(run: Run, rounder: Rounder, choose: bool) -> None:
 def _lattice(rounder: Rounder, n: int, choose: bool) -> tuple[_Lattice, list[Tensor]]:
     """The request, and the tensors that it points to. The rounder's members are changed in place."""
     members, ranks = rounder.levels.shape
+    g = rounder.geometry
     entries = 1 << max(0, math.ceil(math.log2(ranks)))
 
     def padded(t: Tensor, fill: Tensor) -> Tensor:
@@ -121,20 +131,45 @@ def _lattice(rounder: Rounder, n: int, choose: bool) -> tuple[_Lattice, list[Ten
 
     infinite = torch.tensor([[math.inf]], dtype=torch.float32, device="cpu")
     kept = [padded(rounder.thresholds, infinite), padded(rounder.levels, rounder.levels[:, -1:]),
-            padded(rounder.codes, rounder.codes[:, -1:]), rounder.scale.contiguous()]  # fmt: skip
-    zero = None if rounder.zero is None else rounder.zero.contiguous()
+            padded(rounder.codes, rounder.codes[:, -1:]), rounder.scale.float().contiguous()]  # fmt: skip
+    zero = None if rounder.zero is None else rounder.zero.float().contiguous()
     member = rounder.member
-    assert member is None or member.is_contiguous()
+    for part in (*kept, zero):
+        _require(part is None or part.device.type == "cpu", "what columns are rounded with is not on the CPU")
+    _require(rounder.scale.shape in ((n, g.blocks), (1, 1)), "scales are not those of its rows and blocks")
+    _require(zero is None or zero.shape == rounder.scale.shape, "zero points are not as many as scales")
+    if member is not None:
+        _require(_plain(member, torch.uint8) and member.is_contiguous(), "members are not a byte each, one behind the other")
+        _require(member.shape == (n, g.units) or (member.numel() == 1 and not choose), "members are not those of its rows and units")
+    _require(member is not None or not choose, "there are no members to choose from")
     kept += [t for t in (zero, member) if t is not None]
     thresholds, levels, codes, scale = (t.data_ptr() for t in kept[:4])
     one_scale = rounder.scale.shape[1] == 1 and len(rounder.scale) == 1
     one_member = member is not None and member.numel() == 1
-    g = rounder.geometry
     request = _Lattice(
         n, g.blocks, g.units, members, entries, thresholds, levels, codes, scale, _address(zero),
         _address(member), one_scale, one_member and not choose, choose, 0,
     )  # fmt: skip
     return request, kept
+
+
+def _require(held: bool, what: str) -> None:
+    """The library reads and writes where it is told to, so this is no `assert`, which `python -O` leaves out."""
+    if not held:
+        raise NumfitError(f"the parts of this sweep do not fit together: {what}")
+
+
+def _plain(t: Tensor, dtype: torch.dtype) -> bool:
+    return t.dtype == dtype and t.device.type == "cpu"
+
+
+def _in_rows(t: Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> bool:
+    """Whether it is a matrix of this shape whose rows lie in one piece each."""
+    return _plain(t, dtype) and t.shape == shape and (t.stride(1) == 1 or shape[1] == 1)
+
+
+def _of_columns(t: Tensor, width: int) -> bool:
+    return _plain(t, torch.int64) and t.shape == (width,) and t.is_contiguous()
 
 
 def _address(t: Tensor | None) -> int | None:

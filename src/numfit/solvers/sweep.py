@@ -94,7 +94,8 @@ def sweep(
         inner = Terms(*(None if t is None else t[s, s] for t in terms))
         panel = Panel(
             rest[:, s], None if terms.r is None else w.index_select(1, order[s]), u[s, s], inner, plan.block[s], plan.unit[s],
-            swept[:, s], torch.empty((n, b - a), device=w.device), torch.empty((n, b - a), device=w.device) if extra else None,
+            swept[:, s], torch.empty_like(rest[:, s], memory_format=torch.contiguous_format),
+            torch.empty_like(rest[:, s], memory_format=torch.contiguous_format) if extra else None,
         )  # fmt: skip
         for segment in segments:
             _fit_blocks(rounder, rest, plan, segment, importance, scale_rule)

@@ -16,6 +16,8 @@ const Attenders &attenders() { return NF_CHOSEN_TABLE(attenders); }
 
 bool power_of_two(int64_t n) { return n > 0 && !(n & (n - 1)); }
 
+constexpr int64_t kMost = int64_t{1} << 24;  // of each size: then no product of two of them overflows
+
 const char *problem(const nf_stream &s, int64_t dim, int64_t block) {
     if (s.bits != 2 && s.bits != 3 && s.bits != 4 && s.bits != 8) return "codes have 2, 3, 4 or 8 bits here";
     if (s.bits == 8 && s.levels) return "codes of 8 bits are levels themselves here";
@@ -27,6 +29,14 @@ const char *problem(const nf_stream &s, int64_t dim, int64_t block) {
     if (!s.unit && s.members > 1) return "members without a unit";
     if (!s.codes || !s.scale) return "a plane is null";
     return nullptr;
+}
+
+// Whether all blocks have the planes that the stream has.
+bool whole(const nf_stream &s, int64_t blocks) {
+    for (int64_t i = 0; i < blocks; i++) {
+        if (!s.codes[i] || !s.scale[i] || (s.low && !s.low[i]) || (s.unit && !s.member[i])) return false;
+    }
+    return true;
 }
 
 // What `take` in attend_isa.cpp takes, roundings included.
@@ -48,14 +58,21 @@ using namespace nf;
 NF_API int nf_attend(const nf_stream *keys, const nf_stream *values, int64_t heads, int64_t queries, int64_t dim, int64_t width,
                      int64_t tokens, int64_t block, const float *q, const float *bias, const float *mask, int64_t mask_heads,
                      float *most, float *sum, float *out, char *error) try {
-    const char *what = problem(*keys, dim, block);
+    const char *what = keys && values && q && most && sum && out ? nullptr : "an array of attention is null";
+    for (int64_t size : {heads, queries, dim, width, tokens, block}) {
+        if (size < 1 || size > kMost) what = "a size of attention is not positive, or absurd";
+    }
+    if (!what && mask && (mask_heads < 1 || heads % mask_heads)) what = "the heads of a mask do not divide the heads";
+    if (!what) what = problem(*keys, dim, block);
     if (!what) what = problem(*values, width, block);
-    if (!what && (dim % 16 || width % 16 || tokens % 16 || block % kLine || block < 1 || queries < 1 || heads < 1 || tokens < 1)) {
+    if (!what && (dim % 16 || width % 16 || tokens % 16 || block % kLine)) {
         what = "heads and tokens come in sixteens here, blocks in lines";
     }
     if (!what && ((keys->channel && tokens % keys->row) || (values->channel && tokens % values->row))) what = "the tokens end within a row";
     if (what) return std::snprintf(error, NF_ERROR, "%s", what), 1;
     const int64_t blocks = (tokens + block - 1) / block, splits = (blocks + kSplit - 1) / kSplit, pieces = heads * splits;
+    if (!whole(*keys, blocks) || !whole(*values, blocks)) return std::snprintf(error, NF_ERROR, "a block has no plane"), 1;
+    if (static_cast<double>(pieces) * static_cast<double>(queries * (width + 2)) > 0x1p42) throw std::bad_alloc();
     const int64_t need = piece_scratch(*keys, *values, queries, dim, width, block);
     std::vector<float> partial(static_cast<size_t>(pieces * queries * (width + 2)));
     parallel(pieces, [&](int64_t i) {

@@ -29,6 +29,7 @@ typedef struct {
 // softmax(q · keys + bias + mask) · values over the first `tokens` tokens, a multiple of 16, in blocks of `block`, unnormalised.
 // q [heads][queries][dim]; bias [heads][queries], added to all scores, or null; mask [heads / mask_heads][tokens], added, or null.
 // Out: most [heads][queries] (the largest score), sum [heads][queries] and out [heads][queries][width], both relative to it.
+// A NaN score makes sum and out of its query NaN, unless the mask is -1e30 or less there.
 NF_API int nf_attend(const nf_stream *keys, const nf_stream *values, int64_t heads, int64_t queries, int64_t dim, int64_t width,
                      int64_t tokens, int64_t block, const float *q, const float *bias, const float *mask, int64_t mask_heads,
                      float *most, float *sum, float *out, char *error);

@@ -291,9 +291,10 @@ static void attend(const Piece &p) {
             F top = splat(p.most[r]);
             for (int64_t i = 0; i < count; i += 16) {
                 F s = load(score + i) + splat(bias);
-                if (mask) {
-                    s = s + load(mask + i);
-                    s = s > splat(kNone) ? s : splat(kNone);
+                if (mask) {  // what is masked out counts for nothing, even a NaN; any other NaN stays one
+                    const F added = load(mask + i);
+                    s = s + added;
+                    s = (added <= splat(kNone)) | (s < splat(kNone)) ? splat(kNone) : s;
                 }
                 store(score + i, s);
                 top = s > top ? s : top;
@@ -303,7 +304,7 @@ static void attend(const Piece &p) {
             alignas(64) float lane[32] = {};
             for (int64_t i = 0; i < count; i++) score[i] = exponential(score[i] - now);
             if (now == kNone)
-                for (int64_t i = 0; i < count; i++) score[i] = 0.0f;  // all of them masked
+                for (int64_t i = 0; i < count; i++) score[i] *= 0.0f;  // all of them masked, or NaN, which stays
             for (int64_t i = 0; i < count; i += 16)
                 for (int l = 0; l < 16; l++) lane[l] += score[i + l];
             const float kept = p.most[r] == now ? 1.0f : exponential(p.most[r] - now);

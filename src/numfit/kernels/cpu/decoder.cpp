@@ -23,6 +23,8 @@ namespace {
 constexpr int64_t kChunk = 512;     // tokens
 constexpr int64_t kSpread = 1 << 16;  // multiply-adds of attention that are worth a second thread
 constexpr int64_t kRows = 48;       // query rows of an attention job, about
+constexpr int64_t kPositions = 1 << 24;  // the most that can be reserved
+constexpr double kMost = 0x1p42;    // numbers of a cache or a table: more than a machine holds, and no product of sizes overflows
 
 int fail(char *error, const char *sentence) {
     std::snprintf(error, NF_ERROR, "%s", sentence);
@@ -84,7 +86,8 @@ struct Layer : nf_decoder_layer {
 struct nf_decoder : nf_decoder_spec {
     std::vector<Layer> stack;
     std::mutex busy;
-    int64_t length = 0, capacity = 0;
+    int64_t length = 0;
+    int64_t reserved = 0, capacity = 0; // positions that the tables are known for, and the same in whole blocks of keys
     Arena cache;                        // [layers][kv_heads]{keys, values}[capacity · head_dim] fp16
     std::vector<float> cosine, sine;    // [ropes][capacity][rotary]
     int64_t room = 0;                   // tokens that the work space holds
@@ -355,6 +358,7 @@ bool make_room(nf_decoder &d, int64_t tokens) {
 }  // namespace
 
 nf_decoder *nf_decoder_create(const nf_decoder_spec *spec, char *error) try {
+    if (!spec) return fail(error, "the decoder's description is incomplete"), nullptr;
     if (const char *sentence = complaint(*spec)) return fail(error, sentence), nullptr;
     auto *d = new nf_decoder();
     static_cast<nf_decoder_spec &>(*d) = *spec;
@@ -372,20 +376,28 @@ nf_decoder *nf_decoder_create(const nf_decoder_spec *spec, char *error) try {
 
 void nf_decoder_free(nf_decoder *d) { delete d; }
 
-int64_t nf_decoder_length(const nf_decoder *d) { return d->length; }
+int64_t nf_decoder_length(const nf_decoder *d) { return d ? d->length : 0; }
 
 int64_t nf_decoder_bytes(const nf_decoder *d) {
+    if (!d) return 0;
     return d->cache.bytes + d->work.bytes + static_cast<int64_t>((d->cosine.size() + d->sine.size() + d->scratch.size()) * 4);
 }
 
 int nf_decoder_reserve(nf_decoder *d, int64_t positions, const float *cosine, const float *sine, char *error) try {
+    if (!d) return fail(error, "there is no decoder");
     std::lock_guard<std::mutex> guard(d->busy);
-    if (positions < 1 || positions > 1 << 24) return fail(error, "the number of positions is not positive, or absurd");
+    if (positions < 1 || positions > kPositions) return fail(error, "the number of positions is not positive, or absurd");
+    if (positions <= d->reserved) return 0;
+    if (d->ropes && d->rotary && (!cosine || !sine)) return fail(error, "the decoder's rotary tables are missing");
     const int64_t wanted = (positions + nf::kKeyBlock - 1) / nf::kKeyBlock * nf::kKeyBlock, old = d->plane();
-    if (wanted <= d->capacity) return 0;
+    const double per_position = static_cast<double>(d->layers * d->kv_heads) * static_cast<double>(2 * d->head_dim);
+    if (static_cast<double>(d->ropes) * static_cast<double>(d->rotary * wanted) > kMost ||
+        per_position * static_cast<double>(wanted) > kMost) {
+        return fail(error, "there is not enough memory for the key/value cache");
+    }
     std::vector<float> tables[2];
     const float *given[] = {cosine, sine};
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2 && d->rotary; i++) {
         tables[i].resize(static_cast<size_t>(d->ropes * wanted * d->rotary));
         for (int32_t r = 0; r < d->ropes; r++)
             std::copy_n(given[i] + r * positions * d->rotary, positions * d->rotary, tables[i].data() + r * wanted * d->rotary);
@@ -398,7 +410,7 @@ int nf_decoder_reserve(nf_decoder *d, int64_t positions, const float *cosine, co
             std::copy_n(static_cast<uint16_t *>(d->cache.data) + i * old, old, static_cast<uint16_t *>(grown.data) + i * plane);
     d->cache.swap(grown);
     d->cosine.swap(tables[0]), d->sine.swap(tables[1]);
-    d->capacity = wanted;
+    d->capacity = wanted, d->reserved = positions;
     return 0;
 } catch (...) {
     return nf::caught(error, "for the decoder's tables");
@@ -406,10 +418,11 @@ int nf_decoder_reserve(nf_decoder *d, int64_t positions, const float *cosine, co
 
 int nf_decoder_forward(nf_decoder *d, const int64_t *tokens, int64_t count, int64_t start, int mode, int all, float *logits,
                        char *error) try {
+    if (!d || !tokens || !logits) return fail(error, "the decoder, its tokens or the place for its logits are missing");
     std::lock_guard<std::mutex> guard(d->busy);
     if (count < 1) return fail(error, "there are no tokens to run the decoder on");
     if (start < 0 || start > d->length) return fail(error, "the tokens do not follow on what the decoder has seen");
-    if (start + count > d->capacity) return fail(error, "the decoder has no room for so many positions; reserve more");
+    if (count > d->reserved - start) return fail(error, "the decoder has no room for so many positions; reserve more");
     for (int64_t i = 0; i < count; i++)
         if (tokens[i] < 0 || tokens[i] >= d->vocab) return fail(error, "a token is outside the decoder's vocabulary");
     if (!make_room(*d, std::min(count, kChunk))) return fail(error, "there is not enough memory for the decoder's work space");

@@ -69,11 +69,12 @@ typedef struct nf_decoder nf_decoder;
 
 NF_API nf_decoder *nf_decoder_create(const nf_decoder_spec *spec, char *error);  // null on failure
 NF_API void nf_decoder_free(nf_decoder *decoder);
-// Make room for so many positions; what is in the cache stays. cosine, sine: [ropes][positions][rotary], copied.
+// Make room for so many positions, at most 2^24; what is in the cache stays. cosine, sine: [ropes][positions][rotary], copied.
 NF_API int nf_decoder_reserve(nf_decoder *decoder, int64_t positions, const float *cosine, const float *sine, char *error);
 NF_API int64_t nf_decoder_length(const nf_decoder *decoder);     // positions in the cache
 NF_API int64_t nf_decoder_bytes(const nf_decoder *decoder);      // cache, tables and work space; weights not counted
-// Run `count` tokens that stand at `start` ≤ length and after it; what the cache held from `start` on is forgotten.
+// Run `count` tokens that stand at `start` ≤ length and after it, within the reserved positions; what the cache held from `start`
+// on is forgotten.
 // logits: [vocab] of the last token, or, with `all`, [count][vocab]. mode as for nf_apply. One call at a time.
 NF_API int nf_decoder_forward(nf_decoder *decoder, const int64_t *tokens, int64_t count, int64_t start, int mode, int all,
                               float *logits, char *error);

@@ -106,9 +106,17 @@ int fail(char *message, const char *what) {
     return 1;
 }
 
+constexpr int64_t kMost = int64_t{1} << 44;  // weights: more than a machine holds, and no product of sizes overflows
+
+bool countable(int64_t rows, int64_t cols) {
+    return rows >= 0 && cols >= 0 && cols <= kMost && (cols == 0 || rows <= kMost / cols);
+}
+
 bool sound(const nf_search &s) {
-    return s.members > 0 && s.members <= 256 && (s.affine || s.ranks > 0) && s.block > 0 && s.unit >= 0 &&
-           !(s.unit && (s.each || s.affine)) && (s.candidates > 0 || (s.candidates == 0 && s.unit > 0)) && s.promising >= 0 &&
+    const bool tabled = s.ranks > 0 && s.ranks <= 256 && s.levels && (s.thresholds || s.ranks == 1);
+    return s.members > 0 && s.members <= 256 && (s.affine ? s.members == 1 : tabled) && s.tops && s.block > 0 &&
+           s.block <= kMost && s.unit >= 0 && s.unit <= kMost && !(s.unit && (s.each || s.affine)) &&
+           (s.candidates > 0 ? s.factors != nullptr : s.candidates == 0 && s.unit > 0) && s.promising >= 0 &&
            (s.promising < s.candidates || s.candidates == 0) && s.rounding >= NF_FREE && s.rounding <= NF_OCP_CEIL;
 }
 
@@ -165,7 +173,14 @@ using namespace nf;
 
 NF_API int nf_fit(const nf_search *search, const float *w, int64_t rows, int64_t cols, const float *h, const float *parent,
                   float *scale, float *error, uint8_t *member, float *zero, char *message) try {
-    if (!sound(*search) || rows < 0 || cols < 1) return fail(message, "the parts of this search do not fit together");
+    if (!search || !sound(*search) || !countable(rows, cols) || cols < 1) {
+        return fail(message, "the parts of this search do not fit together");
+    }
+    if (rows == 0) return 0;
+    const bool chosen = !search->each && !search->affine && (search->members > 1 || search->unit);
+    if (!w || !scale || (search->each && !error) || (search->affine && !zero) || (chosen && !member)) {
+        return fail(message, "an array of this search is null");
+    }
     const Prepared prepared(*search);
     const Search &s = prepared.search;
     const int64_t whole = cols / s.block, tail = cols - whole * s.block, blocks = whole + (tail > 0);
@@ -195,7 +210,11 @@ NF_API int nf_fit(const nf_search *search, const float *w, int64_t rows, int64_t
 
 NF_API int nf_row_errors(const nf_search *search, const float *w, int64_t rows, int64_t cols, const float *h, const float *scales,
                          const float *zeros, float *out, char *message) try {
-    if (!sound(*search) || rows < 0 || cols < 1) return fail(message, "the parts of this search do not fit together");
+    if (!search || !sound(*search) || !countable(rows, cols) || cols < 1) {
+        return fail(message, "the parts of this search do not fit together");
+    }
+    if (rows == 0 || search->candidates == 0) return 0;
+    if (!w || !scales || !out) return fail(message, "an array of this search is null");
     const Prepared prepared(*search);
     const Search &s = prepared.search;
     const int64_t results = static_cast<int64_t>(s.unit ? 1 : s.members) * s.candidates;
@@ -211,9 +230,14 @@ NF_API int nf_row_errors(const nf_search *search, const float *w, int64_t rows, 
 }
 
 NF_API int nf_encode(const nf_codes *how, const float *w, int64_t rows, int64_t cols, uint8_t *out, char *message) try {
-    const nf_codes &f = *how;
-    if (f.members < 1 || f.members > 256 || f.ranks < 1 || f.ranks > 256 || f.block < 1 || f.unit < 1 || f.unit > f.block) {
+    if (!how || how->members < 1 || how->members > 256 || how->ranks < 1 || how->ranks > 256 || how->block < 1 ||
+        how->block > kMost || how->unit < 1 || how->unit > how->block || !countable(rows, cols)) {
         return fail(message, "the parts of this encoding do not fit together");
+    }
+    if (rows == 0 || cols == 0) return 0;
+    const nf_codes &f = *how;
+    if (!w || !out || !f.codes || !f.scale || (f.ranks > 1 && !f.thresholds)) {
+        return fail(message, "an array of this encoding is null");
     }
     std::vector<Ranked> grids(f.members);
     for (int m = 0; m < f.members; m++) {

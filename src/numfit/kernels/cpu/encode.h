@@ -58,7 +58,7 @@ typedef struct {
     int32_t one_scale, one_member;
 } nf_codes;
 
-// Codes of w [rows][cols] fp32, finite: out [rows][cols], one a byte.
+// Codes of w [rows][cols] fp32, finite: out [rows][cols], one a byte. Nothing is done where there are no rows or no columns.
 NF_API int nf_encode(const nf_codes *how, const float *w, int64_t rows, int64_t cols, uint8_t *out, char *message);
 
 namespace nf {

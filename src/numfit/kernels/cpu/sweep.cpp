@@ -22,6 +22,7 @@ bool sound(const nf_lattice &l) {
 }
 
 bool inside(const nf_lattice &l, const int64_t *block, const int64_t *unit, int64_t width) {
+    if (!block || !unit) return false;
     for (int64_t i = 0; i < width; i++) {
         if (block[i] < 0 || block[i] >= l.blocks || unit[i] < 0 || unit[i] >= l.units) return false;
     }
@@ -44,10 +45,11 @@ template <class Body> void over_rows(int64_t rows, int64_t bytes, const Body &bo
 using namespace nf;
 
 NF_API int nf_sweep(const nf_lattice *lattice, const nf_panel *panel, char *message) try {
+    if (!lattice || !panel) return fail(message, "there is nothing to sweep");
     const nf_lattice &l = *lattice;
     const nf_panel &p = *panel;
     if (!sound(l) || p.width < 1 || p.start < 0 || p.stop > p.width || p.start > p.stop || (p.r && !p.original) ||
-        ((p.p || p.r) && !p.before) || !inside(l, p.block, p.unit, p.width)) {
+        ((p.p || p.r) && !p.before) || !p.w || !p.u || !p.codes || !p.error || !inside(l, p.block, p.unit, p.width)) {
         return fail(message, "the parts of this sweep do not fit together");
     }
     const Sweepers &s = sweepers();
@@ -59,9 +61,10 @@ NF_API int nf_sweep(const nf_lattice *lattice, const nf_panel *panel, char *mess
 }
 
 NF_API int nf_descend(const nf_lattice *lattice, const nf_run *run, char *message) try {
+    if (!lattice || !run) return fail(message, "there is nothing to descend on");
     const nf_lattice &l = *lattice;
     const nf_run &r = *run;
-    if (!sound(l) || r.width < 1 || !inside(l, r.block, r.unit, r.width)) {
+    if (!sound(l) || r.width < 1 || !r.h || !r.gradient || !r.w || !r.q || !r.codes || !inside(l, r.block, r.unit, r.width)) {
         return fail(message, "the parts of this descent do not fit together");
     }
     const Sweepers &s = sweepers();
