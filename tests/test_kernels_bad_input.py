@@ -161,8 +161,9 @@ def test_impossible_attention_is_refused() -> None:
     for null in ("keys", "values", "q", "most", "sum", "out"):
         refused("nf_attend", *arguments(**{null: None}))
     empty = ctypes.cast((ctypes.c_void_p * 1)(), ctypes.c_void_p)
-    for change in ({"codes": None}, {"scale": None}, {"codes": empty}, {"scale": empty}, {"low": empty}, {"row": 0}, {"row": 64},
-                   {"group": 0}, {"group": 64}, {"bits": 5}, {"unit": -1}, {"unit": 64}, {"members": 2}):  # fmt: skip
+    for change in ({"codes": None}, {"scale": None}, {"codes": empty}, {"scale": empty}, {"low": empty},
+                   {"row": 0}, {"row": 64}, {"group": 0}, {"group": 64}, {"bits": 5}, {"unit": -1},
+                   {"unit": 64}, {"members": 2}):  # fmt: skip
         refused("nf_attend", *arguments(change))
     assert all(bool((r == 7).all()) for r in results)
     lib, error = library(), ctypes.create_string_buffer(ERROR_BYTES)
@@ -190,9 +191,9 @@ def test_impossible_searches_are_refused() -> None:
         return [pointer(t) for t in (given | changed).values()]
 
     impossible = ({"members": 0}, {"members": 300}, {"members": -1}, {"ranks": 0}, {"ranks": -1}, {"ranks": 257},
-                  {"levels": None}, {"thresholds": None}, {"tops": None}, {"factors": None}, {"candidates": 0}, {"candidates": -1}, {"block": 0},
-                  {"block": -1}, {"block": 1 << 62}, {"unit": -1}, {"unit": 1 << 62}, {"promising": 2}, {"rounding": 9},
-                  {"affine": 1, "members": 2})  # fmt: skip
+                  {"levels": None}, {"thresholds": None}, {"tops": None}, {"factors": None}, {"candidates": 0},
+                  {"candidates": -1}, {"block": 0}, {"block": -1}, {"block": 1 << 62}, {"unit": -1},
+                  {"unit": 1 << 62}, {"promising": 2}, {"rounding": 9}, {"affine": 1, "members": 2})  # fmt: skip
     for how in [None, *(request(**change) for change in impossible)]:
         refused("nf_fit", how, w.data_ptr(), rows, cols, *arrays())
         refused("nf_row_errors", how, w.data_ptr(), rows, cols, None, scales.data_ptr(), None, errors.data_ptr())

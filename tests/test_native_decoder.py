@@ -242,7 +242,7 @@ def test_positions_and_counts_are_checked(make: Any, monkeypatch: pytest.MonkeyP
     assert reserve(fresh._handle, 40, cosine, None) and b"tables" in error.value
     assert reserve(None, 40, cosine, sine) and forward(None, 1, 0) and library.nf_decoder_length(None) == 0
     assert reserve(fresh._handle, 40, cosine, sine) == 0
-    for count, start in ((41, 0), (1 << 62, 0), (0, 0), (-1, 0), (1, -1), (1, 1), (1 << 62, 1 << 62)):  # blocks have room for 64
+    for count, start in ((41, 0), (1 << 62, 0), (0, 0), (-1, 0), (1, -1), (1, 1), (1 << 62, 1 << 62)):  # blocks hold 64
         assert forward(fresh._handle, count, start), (count, start)
     assert forward(fresh._handle, 1, 0, None) and fresh.length == 0 and bool((out == 7).all())
     assert forward(fresh._handle, 40, 0) == 0 and torch.equal(out[:40], whole[:40])

@@ -223,7 +223,7 @@ def test_what_the_library_would_misread_is_refused() -> None:
             count += 1
         else:
             raise AssertionError(name)
-    assert count > 100
+    assert count > 90
 
 
 def test_it_is_refused_without_assertions_too() -> None:
@@ -233,7 +233,6 @@ def test_it_is_refused_without_assertions_too() -> None:
         "import sys, numfit.native; numfit.native.load(sys.argv[1]); import test_solvers_native as t; "
         "print(__debug__); t.test_what_the_library_would_misread_is_refused(); print('refused')"
     )
-    run = subprocess.run(
-        [sys.executable, "-O", "-c", code, str(lib._name)], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-O", "-c", code, str(lib._name)]
+    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and run.stdout == "False\nrefused\n", run.stderr

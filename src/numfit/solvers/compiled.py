@@ -82,7 +82,7 @@ def compiled_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose
         there = part is None or (_in_rows(part, (n, width)) and part.is_contiguous())
         _require(there, "what belongs to columns is not fp32 rows of the panel's width, one behind the other")
     _require(_in_rows(panel.codes, (n, width), torch.uint8), "codes are not a byte each of the panel's columns")
-    _require(_of_columns(panel.block, width) and _of_columns(panel.unit, width), "blocks and units are not those of its columns")
+    _require(_of_columns(panel.block, width) and _of_columns(panel.unit, width), "blocks or units are not those of columns")
     lattice, kept = _lattice(rounder, n, choose)
     request = _Panel(
         width, start, stop, panel.w.data_ptr(), panel.w.stride(0), panel.u.data_ptr(), _address(p), _address(r),
@@ -110,7 +110,7 @@ def compiled_run(run: Run, rounder: Rounder, choose: bool) -> None:
         _require(_in_rows(part, (rows, width)), "an array is not fp32 rows of the run's width")
     _require(run.w.stride() == run.q.stride(), "weights and values lie at different distances")
     _require(_in_rows(run.codes, (n, width), torch.uint8), "codes are not a byte each of the run's columns")
-    _require(_of_columns(run.block, width) and _of_columns(run.unit, width), "blocks and units are not those of its columns")
+    _require(_of_columns(run.block, width) and _of_columns(run.unit, width), "blocks or units are not those of columns")
     lattice, kept = _lattice(rounder, n, choose)
     request = _Run(
         width, run.h.data_ptr(), run.h.stride(0), gradient.data_ptr(), run.w.data_ptr(), run.q.data_ptr(), run.q.stride(0),
@@ -140,7 +140,8 @@ def _lattice(rounder: Rounder, n: int, choose: bool) -> tuple[_Lattice, list[Ten
     _require(zero is None or zero.shape == rounder.scale.shape, "zero points are not as many as scales")
     if member is not None:
         _require(_plain(member, torch.uint8) and member.is_contiguous(), "members are not a byte each, one behind the other")
-        _require(member.shape == (n, g.units) or (member.numel() == 1 and not choose), "members are not those of its rows and units")
+        one = member.numel() == 1 and not choose
+        _require(one or member.shape == (n, g.units), "members are not those of its rows and units")
     _require(member is not None or not choose, "there are no members to choose from")
     kept += [t for t in (zero, member) if t is not None]
     thresholds, levels, codes, scale = (t.data_ptr() for t in kept[:4])
