@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numfit.errors import FormatError
+from numfit.errors import FormatError, NumfitError
 from numfit.native import ERROR_BYTES, declare, library, refusal
 from numfit.orthogonal import butterflies, cosines, odd_and_power, signs
 

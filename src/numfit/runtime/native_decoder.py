@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from numfit import native
-from numfit.errors import OptionError
+from numfit.errors import NumfitError, OptionError
 from numfit.runtime.description import Description, Spec, Unsupported, describe, rotary_table
 from numfit.runtime.modules import exact_activations, packed_modules
 

@@ -1,8 +1,8 @@
 // The C interface of numfit's CPU library. Python reaches it through ctypes (numfit/native.py); nothing here knows torch.
 //
 // Conventions: matrices are row-major and dense; `y[m][n] = sum_k x[m][k] * w[n][k]`; functions that can fail return 0 on
-// success and otherwise (NF_NO_MEMORY where that was it) write one sentence into `error` (at least NF_ERROR bytes). Sizes are checked by the caller in
-// Python as well; the library checks again whatever could make it touch memory that is not its own.
+// success and otherwise (NF_NO_MEMORY where that was it) write one sentence into `error` (at least NF_ERROR bytes). Sizes are
+// checked by the caller in Python as well; the library checks again whatever could make it touch memory that is not its own.
 #pragma once
 #include <stdint.h>
 
