@@ -76,10 +76,10 @@ def compiled_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose
             compiled_panel(rows, start, stop, rounder.part(s), choose)
         return
     p, r = panel.terms
-    for part, count in ((panel.w, n), (panel.u, width), (p, width), (r, width)):
-        _require(part is None or _in_rows(part, (count, width)), "an array is not fp32 rows of the panel's width")
-    for part in (panel.original, panel.error, panel.before):
-        there = part is None or (_in_rows(part, (n, width)) and part.is_contiguous())
+    for t, count in ((panel.w, n), (panel.u, width), (p, width), (r, width)):
+        _require(t is None or _in_rows(t, (count, width)), "an array is not fp32 rows of the panel's width")
+    for t in (panel.original, panel.error, panel.before):
+        there = t is None or (_in_rows(t, (n, width)) and t.is_contiguous())
         _require(there, "what belongs to columns is not fp32 rows of the panel's width, one behind the other")
     _require(_in_rows(panel.codes, (n, width), torch.uint8), "codes are not a byte each of the panel's columns")
     _require(_of_columns(panel.block, width) and _of_columns(panel.unit, width), "blocks or units are not those of columns")
@@ -106,8 +106,8 @@ def compiled_run(run: Run, rounder: Rounder, choose: bool) -> None:
             compiled_run(part, rounder.part(s), choose)
         return
     gradient = run.gradient.contiguous()
-    for given, count in ((gradient, n), (run.h, width), (run.w, n), (run.q, n)):
-        _require(_in_rows(given, (count, width)), "an array is not fp32 rows of the run's width")
+    for t, count in ((gradient, n), (run.h, width), (run.w, n), (run.q, n)):
+        _require(_in_rows(t, (count, width)), "an array is not fp32 rows of the run's width")
     _require(run.w.stride() == run.q.stride(), "weights and values lie at different distances")
     _require(_in_rows(run.codes, (n, width), torch.uint8), "codes are not a byte each of the run's columns")
     _require(_of_columns(run.block, width) and _of_columns(run.unit, width), "blocks or units are not those of columns")
