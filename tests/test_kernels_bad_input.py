@@ -304,7 +304,7 @@ def alone(script: str, **environment: str) -> None:
     lib = library()
     assert lib is not None
     run = subprocess.run(
-        [sys.executable, "-c", script, str(lib._name)],
+        [sys.executable, "-c", script, os.path.abspath(lib._name)],
         cwd=Path(__file__).parent, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0 and run.stdout == "as before\n", run.stdout + run.stderr
