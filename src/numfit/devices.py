@@ -23,5 +23,8 @@ def as_device(device: torch.device | str) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for the device
         lines = str(error).strip().splitlines()
-        raise OptionError(f"cannot use the device '{device}': {lines[0] if lines else type(error).__name__}") from None
+        raise OptionError(
+            f"cannot use the device '{device}': {lines[0] if lines else type(error).__name__}; "
+            "leave it out for the CPU, or install a PyTorch that has this device"
+        ) from None
     return place

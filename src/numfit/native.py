@@ -211,3 +211,13 @@ def refusal(failed: int, message: ctypes.Array[ctypes.c_char], kind: type[Numfit
         kind: the error, unless memory was what it lacked.
     """
     return (OutOfMemoryError if failed == NO_MEMORY else kind)(message.value.decode())
+
+
+def require_fit(held: bool, what: str) -> None:
+    """Refuse to hand over what the library would misread: no `assert`, which `python -O` leaves out.
+
+    Raises:
+        NumfitError: `held` is false; says `what`.
+    """
+    if not held:
+        raise NumfitError(f"the parts of this tensor do not fit together: {what}")

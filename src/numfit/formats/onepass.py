@@ -13,10 +13,9 @@ from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c
 import torch
 from torch import Tensor
 
-from numfit.errors import NumfitError
 from numfit.formats.nearest import Ladder, Tables
 from numfit.formats.scale import FP16_MIN, PARENT_MIN, STORES, Scale
-from numfit.native import call, declare, library
+from numfit.native import call, declare, library, require_fit
 
 _FREE, _FLOAT, _POWER, _OCP_FLOOR, _OCP_CEIL = range(5)  # enum nf_rounding
 # mantissa bits of stored scales, and their least distance
@@ -58,12 +57,6 @@ def usable(device: torch.device) -> bool:
 
 def _address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
-
-
-def _require(held: bool, what: str) -> None:
-    """The library reads and writes where it is told to, so this is no `assert`, which `python -O` leaves out."""
-    if not held:
-        raise NumfitError(f"the parts of this tensor do not fit together: {what}")
 
 
 def _units(k: int, block: int, unit: int) -> int:
@@ -168,9 +161,9 @@ class Search:
         """Errors of whole rows w [R, K] under scales (and zeros) [M, C], or [1, C], that all share: fp32 [R, M, C]."""
         w, scale, zero = _plain(w), _plain(scale), None if zero is None else _plain(zero)
         sets = 1 if self.unit else self.members
-        _require(scale.shape[:-1] == (sets,), f"scales {tuple(scale.shape)} are not of {sets} members")
-        _require(zero is None or zero.shape == scale.shape, "zero points are not as many as scales")
-        _require(h is None or h.shape == w.shape[1:], "importance is not of its columns")
+        require_fit(scale.shape[:-1] == (sets,), f"scales {tuple(scale.shape)} are not of {sets} members")
+        require_fit(zero is None or zero.shape == scale.shape, "zero points are not as many as scales")
+        require_fit(h is None or h.shape == w.shape[1:], "importance is not of its columns")
         out = w.new_empty((len(w), *scale.shape))
         request = self._request(w.shape[1], candidates=scale.shape[1])
         h = None if h is None else _plain(h)
@@ -181,7 +174,7 @@ class Search:
     @staticmethod
     def _fit(request: _Search, w: Tensor, h: Tensor | None, parent: Tensor | None, scale: Tensor, error: Tensor | None,
              member: Tensor | None, zero: Tensor | None) -> None:  # fmt: skip
-        _require(h is None or h.shape == w.shape[1:], "importance is not of its columns")
+        require_fit(h is None or h.shape == w.shape[1:], "importance is not of its columns")
         h = None if h is None else _plain(h)
         parent = None if parent is None else _plain(parent.expand(len(w), 1))
         call("nf_fit", byref(request), w.data_ptr(), *w.shape, *map(_address, (h, parent, scale, error, member, zero)))
@@ -203,11 +196,11 @@ def encode(
     member = None if member is None else _plain(member, torch.uint8)
     thresholds, codes = _plain(tables.thresholds), _plain(tables.codes, torch.uint8)
     (rows, k), (members, ranks) = w.shape, codes.shape
-    _require(thresholds.shape == (members, ranks - 1), f"thresholds {tuple(thresholds.shape)} are not those of {ranks} codes")
-    _require(scale.numel() in (1, rows * -(-k // block)), f"scales {tuple(scale.shape)} are not those of its blocks")
-    _require(zero is None or zero.numel() == scale.numel(), "zero points are not as many as scales")
+    require_fit(thresholds.shape == (members, ranks - 1), f"thresholds {tuple(thresholds.shape)} are not of {ranks} codes")
+    require_fit(scale.numel() in (1, rows * -(-k // block)), f"scales {tuple(scale.shape)} are not those of its blocks")
+    require_fit(zero is None or zero.numel() == scale.numel(), "zero points are not as many as scales")
     counts = (1, rows * _units(k, block, unit))
-    _require(member is None or member.numel() in counts, "members are not those of its units")
+    require_fit(member is None or member.numel() in counts, "members are not those of its units")
     out = torch.empty_like(w, dtype=torch.uint8)
     request = _Codes(
         members, ranks, thresholds.data_ptr(), codes.data_ptr(), block, unit, scale.data_ptr(), _address(zero),

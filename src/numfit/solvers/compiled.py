@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from numfit.errors import NumfitError
 from numfit.formats.learned import NATIVE_ROWS
 from numfit.formats.params import row_chunks
-from numfit.native import call, declare, library
+from numfit.native import call, declare, library, require_fit
 from numfit.solvers.rounding import Rounder
 
 if TYPE_CHECKING:
@@ -77,12 +76,12 @@ def compiled_panel(panel: Panel, start: int, stop: int, rounder: Rounder, choose
         return
     p, r = panel.terms
     for t, count in ((panel.w, n), (panel.u, width), (p, width), (r, width)):
-        _require(t is None or _in_rows(t, (count, width)), "an array is not fp32 rows of the panel's width")
+        require_fit(t is None or _in_rows(t, (count, width)), "an array is not fp32 rows of the panel's width")
     for t in (panel.original, panel.error, panel.before):
         there = t is None or (_in_rows(t, (n, width)) and t.is_contiguous())
-        _require(there, "what belongs to columns is not fp32 rows of the panel's width, one behind the other")
-    _require(_in_rows(panel.codes, (n, width), torch.uint8), "codes are not a byte each of the panel's columns")
-    _require(_of_columns(panel.block, width) and _of_columns(panel.unit, width), "blocks or units are not those of columns")
+        require_fit(there, "what belongs to columns is not fp32 rows of the panel's width, one behind the other")
+    require_fit(_in_rows(panel.codes, (n, width), torch.uint8), "codes are not a byte each of the panel's columns")
+    require_fit(_of_columns(panel.block, width) and _of_columns(panel.unit, width), "blocks or units are not those of columns")
     lattice, kept = _lattice(rounder, n, choose)
     request = _Panel(
         width, start, stop, panel.w.data_ptr(), panel.w.stride(0), panel.u.data_ptr(), _address(p), _address(r),
@@ -107,10 +106,10 @@ def compiled_run(run: Run, rounder: Rounder, choose: bool) -> None:
         return
     gradient = run.gradient.contiguous()
     for t, count in ((gradient, n), (run.h, width), (run.w, n), (run.q, n)):
-        _require(_in_rows(t, (count, width)), "an array is not fp32 rows of the run's width")
-    _require(run.w.stride() == run.q.stride(), "weights and values lie at different distances")
-    _require(_in_rows(run.codes, (n, width), torch.uint8), "codes are not a byte each of the run's columns")
-    _require(_of_columns(run.block, width) and _of_columns(run.unit, width), "blocks or units are not those of columns")
+        require_fit(_in_rows(t, (count, width)), "an array is not fp32 rows of the run's width")
+    require_fit(run.w.stride() == run.q.stride(), "weights and values lie at different distances")
+    require_fit(_in_rows(run.codes, (n, width), torch.uint8), "codes are not a byte each of the run's columns")
+    require_fit(_of_columns(run.block, width) and _of_columns(run.unit, width), "blocks or units are not those of columns")
     lattice, kept = _lattice(rounder, n, choose)
     request = _Run(
         width, run.h.data_ptr(), run.h.stride(0), gradient.data_ptr(), run.w.data_ptr(), run.q.data_ptr(), run.q.stride(0),
@@ -135,14 +134,14 @@ def _lattice(rounder: Rounder, n: int, choose: bool) -> tuple[_Lattice, list[Ten
     zero = None if rounder.zero is None else rounder.zero.float().contiguous()
     member = rounder.member
     for part in (*kept, zero):
-        _require(part is None or part.device.type == "cpu", "what columns are rounded with is not on the CPU")
-    _require(rounder.scale.shape in ((n, g.blocks), (1, 1)), "scales are not those of its rows and blocks")
-    _require(zero is None or zero.shape == rounder.scale.shape, "zero points are not as many as scales")
+        require_fit(part is None or part.device.type == "cpu", "what columns are rounded with is not on the CPU")
+    require_fit(rounder.scale.shape in ((n, g.blocks), (1, 1)), "scales are not those of its rows and blocks")
+    require_fit(zero is None or zero.shape == rounder.scale.shape, "zero points are not as many as scales")
     if member is not None:
-        _require(_plain(member, torch.uint8) and member.is_contiguous(), "members are not a byte each, one behind the other")
+        require_fit(_plain(member, torch.uint8) and member.is_contiguous(), "members are not a byte each, one behind the other")
         one = member.numel() == 1 and not choose
-        _require(one or member.shape == (n, g.units), "members are not those of its rows and units")
-    _require(member is not None or not choose, "there are no members to choose from")
+        require_fit(one or member.shape == (n, g.units), "members are not those of its rows and units")
+    require_fit(member is not None or not choose, "there are no members to choose from")
     kept += [t for t in (zero, member) if t is not None]
     thresholds, levels, codes, scale = (t.data_ptr() for t in kept[:4])
     one_scale = rounder.scale.shape[1] == 1 and len(rounder.scale) == 1
@@ -152,12 +151,6 @@ def _lattice(rounder: Rounder, n: int, choose: bool) -> tuple[_Lattice, list[Ten
         _address(member), one_scale, one_member and not choose, choose, 0,
     )  # fmt: skip
     return request, kept
-
-
-def _require(held: bool, what: str) -> None:
-    """The library reads and writes where it is told to, so this is no `assert`, which `python -O` leaves out."""
-    if not held:
-        raise NumfitError(f"the parts of this sweep do not fit together: {what}")
 
 
 def _plain(t: Tensor, dtype: torch.dtype) -> bool:
