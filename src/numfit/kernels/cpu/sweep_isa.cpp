@@ -5,6 +5,22 @@
 namespace nf {
 namespace NF_ISA {
 
+// Tables of up to 2 W numbers that stay in registers, where lanes can look up in those.
+#if defined(__AVX512F__)
+constexpr bool kRegisters = true;
+static inline V pick(const V *t, I index) { return V(_mm512_permutex2var_ps(__m512(t[0]), __m512i(index), __m512(t[1]))); }
+#elif defined(__AVX2__)
+constexpr bool kRegisters = true;
+static inline V pick(const V *t, I index) {
+    const __m256 low = _mm256_permutevar8x32_ps(__m256(t[0]), __m256i(index));
+    const __m256 high = _mm256_permutevar8x32_ps(__m256(t[1]), __m256i(index));
+    return V(_mm256_blendv_ps(low, high, __m256(I(index << 28))));
+}
+#else
+constexpr bool kRegisters = false;
+static inline V pick(const V *t, I) { return t[0]; }
+#endif
+
 // Rounding the lanes of some rows: their scales, zero points and members, looked up when the block or the unit changes.
 struct Rounding {
     const nf_lattice &l;
@@ -13,22 +29,37 @@ struct Rounding {
     int64_t block = -1, unit = -1;
     V scale = {}, zero = {};
     I member = {};  // of each lane
+    I row_blocks = {};  // where a lane's row begins among scales
+    bool small;  // all lanes have the same short tables
+    V thresholds[2], levels[2], codes[2];
+
+    Rounding(const nf_lattice &lattice, int64_t first, int rows) : l(lattice), row(first), count(rows) {
+        for (int i = 0; i < W; i++) row_blocks[i] = static_cast<int32_t>((row_of(i) - row) * l.blocks);
+        small = kRegisters && l.entries <= 2 * W && (!l.member || l.one_member);
+        if (!small) return;
+        const int64_t from = l.member ? static_cast<int64_t>(member_at(0)) * l.entries : 0;
+        keep(l.thresholds + from, thresholds), keep(l.levels + from, levels), keep(l.codes + from, codes);
+    }
+    void keep(const float *table, V *out) const {
+        float numbers[2 * W] = {};
+        for (int i = 0; i < l.entries; i++) numbers[i] = table[i];
+        out[0] = load(numbers), out[1] = load(numbers + W);
+    }
 
     int64_t row_of(int lane) const { return row + (lane < count ? lane : count - 1); }
+    int32_t member_at(int64_t place) const { return l.member[place] < l.members ? l.member[place] : l.members - 1; }
 
     void to_block(int64_t b) {
         if (b == block) return;
         block = b;
-        for (int i = 0; i < W; i++) {
-            const int64_t at = l.one_scale ? 0 : row_of(i) * l.blocks + b;
-            scale[i] = l.scale[at];
-            if (l.zero) zero[i] = l.zero[at];
-        }
+        const int64_t first = l.one_scale ? 0 : row * l.blocks + b;
+        scale = l.one_scale ? splat(l.scale[0]) : gather(l.scale + first, row_blocks);
+        if (l.zero) zero = l.one_scale ? splat(l.zero[0]) : gather(l.zero + first, row_blocks);
     }
     void to_unit(int64_t u) {
-        if (u == unit || !l.member) return;
+        if (u == unit || !l.member || small) return;
         unit = u;
-        for (int i = 0; i < W; i++) member[i] = l.member[l.one_member ? 0 : row_of(i) * l.units + u] % l.members;
+        for (int i = 0; i < W; i++) member[i] = member_at(l.one_member ? 0 : row_of(i) * l.units + u);
     }
     void set_unit(int64_t u, I chosen) {
         unit = u, member = chosen;
@@ -38,19 +69,23 @@ struct Rounding {
     I place(V x, I m) const {
         V u = x / scale;
         if (l.zero) u = u + zero;
-        I at = m * l.entries;
-        for (int step = l.entries / 2; step; step /= 2) at += (u > gather(l.thresholds, at + (step - 1))) & step;
+        I at = first(m);
+        for (int step = l.entries / 2; step; step /= 2) at += (u > find(l.thresholds, thresholds, at + (step - 1))) & step;
         return at;
     }
     V value(I place) const {
-        V level = gather(l.levels, place);
+        V level = find(l.levels, levels, place);
         if (l.zero) level = level - zero;
         return level * scale;
     }
-    I code(I place) const { return __builtin_convertvector(gather(l.codes, place), I); }
+    V code(I place) const { return find(l.codes, codes, place); }  // as a whole number
     // Least and largest value.
-    V low() const { return value(member * l.entries); }
-    V high() const { return value(member * l.entries + (l.entries - 1)); }
+    V low() const { return value(first(member)); }
+    V high() const { return value(first(member) + (l.entries - 1)); }
+
+private:
+    I first(I m) const { return small ? I{} : m * l.entries; }
+    V find(const float *table, const V *kept, I index) const { return small ? pick(kept, index) : gather(table, index); }
 };
 
 static inline V choose(I mask, V a, V b) { return number((bits(a) & mask) | (bits(b) & ~mask)); }
@@ -61,17 +96,19 @@ static void read(const float *from, int64_t stride, const Rounding &g, int64_t n
     for (int i = 0; i < W; i++) runs[i] = from + g.row_of(i) * stride;
     side_by_side(runs, n, false, to);
 }
-static void write(const float *from, int64_t n, const Rounding &g, float *to, int64_t stride) {
-    for (int64_t j = 0; j < n; j += W) {
-        const int columns = n - j < W ? static_cast<int>(n - j) : W;
+// `to`: fp32, or codes of a byte
+static inline void write_row(V v, float *to) { store(to, v); }
+static inline void write_row(V v, uint8_t *to) { store_bytes(to, __builtin_convertvector(v, I)); }
+template <class T> static void write(const float *from, int64_t n, const Rounding &g, T *to, int64_t stride) {
+    const int64_t whole = g.count == W ? n - n % W : 0;
+    for (int64_t j = 0; j < whole; j += W) {
         V tile[W];
-        for (int i = 0; i < W; i++) tile[i] = i < columns ? load(from + (j + i) * W) : V{};
+        for (int i = 0; i < W; i++) tile[i] = load(from + (j + i) * W);
         transpose(tile);
-        for (int i = 0; i < g.count; i++) {
-            float *row = to + g.row_of(i) * stride + j;
-            if (columns == W) store(row, tile[i]);
-            else for (int c = 0; c < columns; c++) row[c] = tile[i][c];
-        }
+        for (int i = 0; i < W; i++) write_row(tile[i], to + (g.row + i) * stride + j);
+    }
+    for (int64_t j = whole; j < n; j++) {
+        for (int i = 0; i < g.count; i++) to[(g.row + i) * stride + j] = static_cast<T>(from[j * W + i]);
     }
 }
 
@@ -92,7 +129,7 @@ static int64_t end_of_unit(const int64_t *unit, int64_t from, int64_t stop) {
 
 // -- sweep ------------------------------------------------------------------------------------------------------------
 
-static int64_t sweep_scratch(int64_t width) { return 5 * width * W * 4; }
+static int64_t sweep_scratch(int64_t width) { return 2 * 6 * width * W * 4; }
 
 // The member whose own sweep over the unit has the least sum of squares; ties: the lower index.
 static I best_member(const Rounding &g, const nf_panel &p, const float *x, int64_t from, int64_t to, float *trial) {
@@ -114,34 +151,64 @@ static I best_member(const Rounding &g, const nf_panel &p, const float *x, int64
     return chosen;
 }
 
-static void sweep(const nf_lattice &l, const nf_panel &p, int64_t row, int count, void *scratch) {
-    Rounding g = {l, row, count};
-    float *x = static_cast<float *>(scratch), *error = x + p.width * W, *trial = error + p.width * W;
-    float *original = trial + p.width * W, *before = original + p.width * W;
-    read(p.w, p.ldw, g, p.width, x);
-    if (p.r) read(p.original, p.width, g, p.width, original);
-    for (int64_t i = p.start; i < p.stop; i++) {
+// W rows of a panel, columns side by side.
+struct Strip {
+    Rounding g;
+    float *x, *error, *trial, *original, *before, *codes;
+
+    Strip(const nf_lattice &l, const nf_panel &p, int64_t row, int count, float *base) : g(l, row, count) {
+        const int64_t n = p.width * W;
+        x = base, error = base + n, trial = base + 2 * n, original = base + 3 * n, before = base + 4 * n, codes = base + 5 * n;
+        read(p.w, p.ldw, g, p.width, x);
+        if (p.r) read(p.original, p.width, g, p.width, original);
+    }
+    // Rounds column i: what the columns behind it are to pay for.
+    V round(const nf_panel &p, int64_t i) {
         g.to_block(p.block[i]);
-        if (l.choose && (i == p.start || p.unit[i] != p.unit[i - 1])) {
+        if (g.l.choose && (i == p.start || p.unit[i] != p.unit[i - 1])) {
             g.set_unit(p.unit[i], best_member(g, p, x, i, end_of_unit(p.unit, i, p.stop), trial));
         }
         g.to_unit(p.unit[i]);
         const V now = load(x + i * W);
-        const I place = g.place(now, g.member), code = g.code(place);
-        for (int k = 0; k < count; k++) p.codes[(row + k) * p.ldc + i] = static_cast<uint8_t>(code[k]);
+        const I place = g.place(now, g.member);
+        store(codes + i * W, g.code(place));  // and out at the end: rows a power of two apart share their places in the cache
         const V e = (now - g.value(place)) / p.u[i * p.ldu + i];
         store(error + i * W, e);
+        if (p.before) store(before + i * W, smaller(larger(now, g.low()), g.high()));
+        return e;
+    }
+    void pass_on(const nf_panel &p, int64_t i, V e) {
         subtract(x, e, p.u + i * p.ldu, i + 1, p.width);
-        if (!p.before) continue;
-        const V cut = smaller(larger(now, g.low()), g.high());
-        store(before + i * W, cut);
+        if (!p.before) return;
+        const V cut = load(before + i * W);
         if (p.p) add(x, cut, p.p + i * p.ldp, i + 1, p.width);
         if (p.r) add(x, load(original + i * W) - cut, p.r + i * p.ldr, i + 1, p.width);
     }
-    const int64_t swept = p.stop - p.start;
-    write(x + p.stop * W, p.width - p.stop, g, p.w + p.stop, p.ldw);
-    write(error + p.start * W, swept, g, p.error + p.start, p.width);
-    if (p.before) write(before + p.start * W, swept, g, p.before + p.start, p.width);
+    void finish(const nf_panel &p) const {
+        const int64_t swept = p.stop - p.start;
+        write(x + p.stop * W, p.width - p.stop, g, p.w + p.stop, p.ldw);
+        write(codes + p.start * W, swept, g, p.codes + p.start, p.ldc);
+        write(error + p.start * W, swept, g, p.error + p.start, p.width);
+        if (p.before) write(before + p.start * W, swept, g, p.before + p.start, p.width);
+    }
+};
+
+// Up to 2 W rows: two strips in turn, since rounding a column is one long chain of operations.
+static void sweep(const nf_lattice &l, const nf_panel &p, int64_t row, int count, void *scratch) {
+    float *base = static_cast<float *>(scratch);
+    Strip one(l, p, row, count < W ? count : W, base);
+    if (count <= W) {
+        for (int64_t i = p.start; i < p.stop; i++) one.pass_on(p, i, one.round(p, i));
+        return one.finish(p);
+    }
+    Strip two(l, p, row + W, count - W, base + 6 * p.width * W);
+    for (int64_t i = p.start; i < p.stop; i++) {
+        const V e = one.round(p, i), f = two.round(p, i);
+        one.pass_on(p, i, e);
+        two.pass_on(p, i, f);
+    }
+    one.finish(p);
+    two.finish(p);
 }
 
 // -- descent ----------------------------------------------------------------------------------------------------------
@@ -164,7 +231,7 @@ static Step coordinate(const Rounding &g, const nf_run &r, const Columns &old, V
     const V q = load(old.q + j * W);
     const float h = r.h[j * r.ldh + j];
     const I place = g.place(q - gradient / h, member);
-    Step s = {g.value(place), gather(g.l.codes, place), {}};
+    Step s = {g.value(place), g.code(place), {}};
     if (stay) {
         const I moves = gain_of(s.q - q, gradient, h) < splat(-r.margin * h) * q * q;
         s.q = choose(moves, s.q, q), s.code = choose(moves, s.code, load(old.code + j * W));
@@ -197,7 +264,7 @@ static void descend_unit(Rounding &g, const nf_run &r, const Columns &now, const
                 V q = load(now.q + j * W), code = load(now.code + j * W);
                 if (m >= 0) {
                     const I place = g.place(load(w + j * W), splat(m));
-                    q = g.value(place), code = gather(g.l.codes, place);
+                    q = g.value(place), code = g.code(place);
                 }
                 store(trial.q + j * W, q), store(trial.code + j * W, code);
                 continue;
@@ -223,7 +290,11 @@ static void descend_unit(Rounding &g, const nf_run &r, const Columns &now, const
 }
 
 static void descend(const nf_lattice &l, const nf_run &r, int64_t row, int count, void *scratch) {
-    Rounding g = {l, row, count};
+    if (count > W) {
+        descend(l, r, row, W, scratch);
+        return descend(l, r, row + W, count - W, scratch);
+    }
+    Rounding g(l, row, count);
     const int64_t n = r.width * W;
     float *base = static_cast<float *>(scratch);
     const Columns now = {base, base + n, base + 2 * n}, trial = {base + 3 * n, base + 4 * n, base + 5 * n};
@@ -253,14 +324,11 @@ static void descend(const nf_lattice &l, const nf_run &r, int64_t row, int count
         j++;
     }
     write(now.q, r.width, g, r.q, r.ldw);
-    for (int i = 0; i < count; i++) {
-        uint8_t *codes = r.codes + (row + i) * r.ldc;
-        for (int64_t j = 0; j < r.width; j++) codes[j] = static_cast<uint8_t>(now.code[j * W + i]);
-    }
+    write(now.code, r.width, g, r.codes, r.ldc);
 }
 
 }  // namespace NF_ISA
 
-NF_DEFINE_TABLE(Sweepers, sweepers, NF_ISA::W, NF_ISA::sweep_scratch, NF_ISA::descend_scratch, NF_ISA::sweep, NF_ISA::descend)
+NF_DEFINE_TABLE(Sweepers, sweepers, 2 * NF_ISA::W, NF_ISA::sweep_scratch, NF_ISA::descend_scratch, NF_ISA::sweep, NF_ISA::descend)
 
 }  // namespace nf
