@@ -118,6 +118,31 @@ def test_terms_of_the_sweep_reach_the_solver(tmp_path: Path) -> None:
     assert not torch.equal(found["plain"], found["rescomp"])
 
 
+def test_shares_of_retargeting_are_chosen_on_windows_that_are_held_out(tmp_path: Path) -> None:
+    source, name = model_at(tmp_path / "model"), "model.layers.1.mlp.down_proj.weight"
+    found, seen = {}, {}
+    original = layers.solve_linear
+
+    def spy(name: str, w: Tensor, statistics: Any, *args: Any, **options: Any) -> Any:
+        seen[name] = statistics[0]
+        return original(name, w, statistics, *args, **options)
+
+    runs = {"all": {"retarget": 1.0}, "held": {"retarget": 1.0, "hold_out": 1}, "again": {"retarget": 1.0, "hold_out": 1}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "solve_linear", spy)
+        for run, parts in runs.items():
+            result = quantize(source, "int3-g32", tmp_path / run, calibration=TEXT, solver="gptq", **parts, **QUICK)
+            found[run] = decoded(tmp_path / run)[name]
+    stats = seen[name]
+    assert stats.held is not None and (stats.held.tokens, stats.tokens) == (24, 96)
+    assert torch.equal(found["held"], found["again"]) and not torch.equal(found["held"], found["all"])
+    shares = [float(note.rpartition("beta ")[2]) for note in result["warnings"] if "retargeted" in note]
+    assert len(set(shares)) > 1 and all(0 <= share <= 1 for share in shares)
+    few = {**QUICK, "calibration": words(40), "windows": 16, "retarget": 1.0, "hold_out": 8}
+    with pytest.raises(OptionError, match="leaves none; give a longer text"):
+        quantize(source, "int3-g32", tmp_path / "few", **few)
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -419,6 +444,9 @@ def test_what_is_recorded_is_what_was_done() -> None:
     assert Parts().settled(fmt).iterations == 0 and Parts(reconstruct="tune").settled(fmt).iterations == 150
     for parts in (Parts(retarget=0.5), Parts(solver="gptq", gptaq=0.2), Parts(reconstruct="progressive")):
         assert parts.settled(fmt).propagate == "quantized"
+    for held, said in ({"hold_out": 32, "retarget": 1.0}, "less than the number"), ({"hold_out": 4}, "--retarget 1"):
+        with pytest.raises(OptionError, match=said):
+            Parts(**held)
     assert Parts(rescomp=0.2, propagate="quantized").needs_cross and not Parts(rescomp=0.2).needs_cross
 
 

@@ -73,7 +73,7 @@ def swept(fmt: Format, w: Tensor, h: Tensor, order: str, panel: int, terms: Term
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sweeps_are_the_same_bits(name: str) -> None:
-    for (n, k), order, panel in zip([(19, 37), (1, 33), (16, 16), (5, 40)], ORDERS, [16, 32, 128, 11]):
+    for (n, k), order, panel in zip([(19, 37), (1, 33), (16, 16), (37, 40)], ORDERS, [16, 32, 128, 11]):
         fmt = small_format(name, k)
         w, h = layer(n, k)
         first, *others = swept(fmt, w, h, order, panel, Terms())

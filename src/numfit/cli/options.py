@@ -72,6 +72,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--propagate", metavar="STREAM", help="inputs of a layer: of the original model (default), or the quantized so far"
     )
     group.add_argument("--retarget", type=float, metavar="X", help="share of upstream error to compensate (default 0)")
+    group.add_argument(
+        "--hold-out", type=int, metavar="N",
+        help="choose each linear's share, --retarget being the most, on the last N windows (default 0: it is X for all)",
+    )  # fmt: skip
     group.add_argument("--gptaq", type=float, metavar="X", help="the same inside gptq's sweep (default 0, often 0.25)")
     group.add_argument("--rescomp", type=float, metavar="X", help="of ResComp's term in gptq's sweep (default 0, often 0.25)")
     group.add_argument("--windows", type=int, metavar="N", help="of the calibration text (default 32; 128 on a GPU)")
@@ -88,7 +92,7 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "bits", "embedding", "rules", "skip", "scale_rule", "shard_size", "threads", "calibration", "recipe", "solver", "order",
         "damp", "ridge", "importance", "transform", "bias_correction", "reconstruct", "iterations", "propagate", "retarget",
-        "gptaq", "rescomp", "windows", "context", "statistics", "device",
+        "hold_out", "gptaq", "rescomp", "windows", "context", "statistics", "device",
     )  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if not given.get("calibration", "hub:").startswith("hub:"):

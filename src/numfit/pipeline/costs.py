@@ -305,7 +305,8 @@ def _peak(plan: Plan, layers: list[Layer], parts: Parts, context: int, state: in
     for layer in layers:
         largest = max((tensor.weights for tensor in layer.quantized), default=0)
         widest = max((k for k, _, _ in layer.inputs), default=0)
-        moments = sum(4 * k * k * n for k, _, n in layer.inputs) * (2 if parts.needs_cross else 1)
+        copies = (2 if parts.needs_cross else 1) * (2 if parts.hold_out else 1)
+        moments = sum(4 * k * k * n for k, _, n in layer.inputs) * copies
         activations = 4 * context * sum(sum(tensor.shape[-2:]) for tensor, _ in layer.weights if len(tensor.shape) == 2)
         rotated = any(tensor.format and tensor.format.side.rotation is not None for tensor in layer.quantized)
         solved = (1 + 4 * rotated) * layer.size  # codes, and the weights in their coordinates

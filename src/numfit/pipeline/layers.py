@@ -53,6 +53,11 @@ class Walk:
             self.blocks.tokenizer, task.text, parts.windows, parts.context, str(plan.config.get("model_type", ""))
         )
         check_windows(self.windows, self.blocks.model.config.get_text_config())
+        if parts.hold_out >= len(self.windows):
+            raise OptionError(
+                f"the text gives {len(self.windows)} of {parts.windows} windows: --hold-out {parts.hold_out} leaves none; "
+                "give a longer text, or hold out fewer"
+            )
         self.statistics = task.statistics
         self.planned = {tensor.name: tensor for tensor in plan.tensors}
         self.decoder = decoder_map(source.names(), plan.config) if parts.transform != "none" else None
@@ -228,7 +233,7 @@ class Walk:
                 if other is not None:
                     with recorder.watch():
                         blocks.run(k, other[i : i + 1])
-                recorder.take()
+                recorder.take(held=i >= len(original) - self.parts.hold_out)
         return recorder.finish()
 
     def _transform(

@@ -40,6 +40,8 @@ class Parts:
             150 for others.
         propagate: whether a layer's inputs are those of the original model, or of the model quantized so far.
         retarget: share of the upstream error that each linear compensates for (QEP), 0 to 1.
+        hold_out: the last windows of the text, on which each linear's own share is chosen, `retarget` being the most; 0:
+            `retarget` is the share of all.
         gptaq: factor of GPTAQ's term in the sweep, which does so column by column, 0 to 1 (its authors take 0.25).
         rescomp: factor of ResComp's term in the sweep, 0 to 1 (its authors take 0.25).
         windows, context: of the calibration text.
@@ -56,6 +58,7 @@ class Parts:
     iterations: int = 0
     propagate: str = "original"
     retarget: float = 0.0
+    hold_out: int = 0
     gptaq: float = 0.0
     rescomp: float = 0.0
     windows: int = 32
@@ -76,6 +79,10 @@ class Parts:
         for name in ("retarget", "gptaq", "rescomp"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"--{name} is a share between 0 and 1, not {getattr(self, name)}")
+        if not 0 <= self.hold_out < self.windows:
+            raise OptionError(f"--hold-out is less than the number of windows, {self.windows}, and not {self.hold_out}")
+        if self.hold_out and not self.retarget:
+            raise OptionError("--hold-out chooses how much of --retarget each linear takes: say the most, as in --retarget 1")
         if not 0 < self.damp < 100:
             raise OptionError(f"--damp is a positive share of H's mean diagonal, usually 0.01, not {self.damp}")
         if self.iterations < 0:

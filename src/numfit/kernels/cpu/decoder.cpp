@@ -11,10 +11,12 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <vector>
 
+#include "decoder_check.h"
 #include "kernels.h"
 #include "rotate.h"
 
@@ -108,71 +110,6 @@ struct nf_decoder : nf_decoder_spec {
 
 namespace {
 
-nf::Turn turn_of(const nf_decoder_linear &w, bool back) {
-    const nf_decoder_rotation &r = *w.rotation;
-    return {w.cols, r.m, w.cols / r.m, r.signs, r.mixing, back};
-}
-
-// ---- checking a description ----
-
-bool fits(const nf_decoder_linear *list, int32_t count, int64_t rows, int64_t cols) {
-    int64_t total = 0;
-    for (int32_t i = 0; i < count; i++) {
-        const auto &w = list[i];
-        if (w.cols != cols || w.rows < 1 || (w.packed == nullptr) == (w.dense == nullptr)) return false;
-        if (w.packed && (w.packed->n != w.rows || w.packed->k != w.cols)) return false;
-        if (w.dense && (w.dense_kind < NF_DENSE_FP32 || w.dense_kind > NF_DENSE_BF16)) return false;
-        total += w.rows;
-    }
-    return total == rows;
-}
-
-// Everything that a matrix has beside its weights.
-bool sound(const nf_decoder_linear &w) {
-    if (w.dense) return !w.rotation && !w.terms;
-    if (w.rotation && (!w.rotation->signs || !w.rotation->mixing || w.rotation->m < 1 || !nf::fits_together(turn_of(w, false))))
-        return false;
-    if (!w.terms) return true;
-    const auto &t = *w.terms;
-    if (t.rank < 0 || t.sparse < 0 || (t.rank && (!t.a || !t.b)) || (t.sparse && (!t.index || !t.value))) return false;
-    return nf::indices_within(t.index, w.rows * t.sparse, w.cols);
-}
-
-template <class F> void each_linear(const nf_decoder_spec &s, const F &body) {
-    for (int64_t i = 0; i < s.layers; i++) {
-        const auto &l = s.layer[i];
-        for (int32_t j = 0; j < l.qkv + l.o + l.gate_up + l.down; j++) body(l.linears[j]);
-    }
-    body(s.head);
-}
-
-const char *complaint(const nf_decoder_spec &s) {
-    const int64_t counts[] = {s.layers, s.heads, s.kv_heads, s.head_dim, s.hidden, s.ffn, s.vocab};
-    for (int64_t count : counts)
-        if (count < 1 || count > 1 << 24) return "a count of the decoder's description is not positive, or absurd";
-    if (s.heads % s.kv_heads) return "the query heads of the decoder cannot share its key/value heads evenly";
-    if (s.head_dim % 16) return "the decoder's head dimension is not a multiple of 16";
-    if (s.rotary < 0 || s.rotary % 2 || s.rotary > s.head_dim) return "the rotated dimensions are not an even part of a head";
-    if (s.activation != NF_SILU && s.activation != NF_GELU_TANH) return "the decoder's activation is unknown";
-    if (s.ropes < 0 || !s.layer || !s.final_norm) return "the decoder's description is incomplete";
-    const int64_t inner = s.heads * s.head_dim;
-    for (int64_t i = 0; i < s.layers; i++) {
-        const auto &l = s.layer[i];
-        if (!l.linears || !l.input_norm || !l.ffn_norm || !l.q_norm != !l.k_norm) return "a layer's description is incomplete";
-        if (l.rope >= s.ropes || l.window < 0) return "a layer's rotation or window is out of range";
-        const auto *at = l.linears;
-        if (!fits(at, l.qkv, inner + 2 * s.kv_heads * s.head_dim, s.hidden)) return "a layer's q, k, v have the wrong shape";
-        if (!fits(at += l.qkv, l.o, s.hidden, inner)) return "a layer's attention output has the wrong shape";
-        if (!fits(at += l.o, l.gate_up, 2 * s.ffn, s.hidden)) return "a layer's gate and up have the wrong shape";
-        if (!fits(at + l.gate_up, l.down, s.hidden, s.ffn)) return "a layer's down has the wrong shape";
-    }
-    if (!fits(&s.embedding, 1, s.vocab, s.hidden)) return "the decoder's embedding has the wrong shape";
-    if (!fits(&s.head, 1, s.vocab, s.hidden)) return "the decoder's output layer has the wrong shape";
-    bool whole = sound(s.embedding);
-    each_linear(s, [&](const nf_decoder_linear &w) { whole = whole && sound(w); });
-    return whole ? nullptr : "the rotation or the side terms of a matrix do not fit it";
-}
-
 // ---- pieces ----
 
 // body(token) for each of m, in parallel where there is more than one.
@@ -236,7 +173,7 @@ void apply_list(nf_decoder &d, const nf_decoder_linear *list, int32_t count, con
         }
         auto same = [&](const nf_decoder_linear &other) { return other.packed && other.rotation == w.rotation; };
         if (std::any_of(list, list + i, same)) continue;  // done with the first of its kind
-        if (w.rotation) nf::rotate_rows(turn_of(w, false), x, ldx, m, d.turned, w.cols);
+        if (w.rotation) nf::rotate_rows(nf::turn_of(w, false), x, ldx, m, d.turned, w.cols);
         apply_turned(d, list, count, w.rotation, w.rotation ? d.turned : x, m, w.rotation ? w.cols : ldx, y, ldy, exact);
     }
 }
@@ -252,7 +189,7 @@ void embed(const nf_decoder &d, int64_t token, float *out) {
             for (int64_t i = 0; i < w.cols; i++) out[i] += t.b[j * w.rows + token] * t.a[j * w.cols + i];
         for (int64_t j = token * t.sparse; j < (token + 1) * t.sparse; j++) out[t.index[j]] += t.value[j];
     }
-    if (w.rotation) nf::rotate_rows(turn_of(w, true), out, w.cols, 1, out, w.cols);
+    if (w.rotation) nf::rotate_rows(nf::turn_of(w, true), out, w.cols, 1, out, w.cols);
     for (int64_t i = 0; i < d.hidden; i++) out[i] *= d.embedding_scale;
 }
 
@@ -359,8 +296,8 @@ bool make_room(nf_decoder &d, int64_t tokens) {
 
 nf_decoder *nf_decoder_create(const nf_decoder_spec *spec, char *error) try {
     if (!spec) return fail(error, "the decoder's description is incomplete"), nullptr;
-    if (const char *sentence = complaint(*spec)) return fail(error, sentence), nullptr;
-    auto *d = new nf_decoder();
+    if (const char *sentence = nf::complaint(*spec)) return fail(error, sentence), nullptr;
+    auto d = std::make_unique<nf_decoder>();
     static_cast<nf_decoder_spec &>(*d) = *spec;
     d->stack.resize(static_cast<size_t>(spec->layers));
     for (int64_t i = 0; i < spec->layers; i++) {
@@ -368,8 +305,8 @@ nf_decoder *nf_decoder_create(const nf_decoder_spec *spec, char *error) try {
         static_cast<nf_decoder_layer &>(l) = spec->layer[i];
         l.own.assign(l.linears, l.linears + l.qkv + l.o + l.gate_up + l.down);
     }
-    each_linear(*spec, [d](const nf_decoder_linear &w) { d->widest = std::max(d->widest, w.rotation ? w.cols : 0); });
-    return d;
+    nf::each_linear(*spec, [&](const nf_decoder_linear &w) { d->widest = std::max(d->widest, w.rotation ? w.cols : 0); });
+    return d.release();
 } catch (...) {
     return nf::caught(error, "for the decoder"), nullptr;
 }

@@ -79,6 +79,22 @@ static inline V gather(const float *table, I index) { return V{table[index[0]], 
 #endif
 #endif
 
+// Looking up in a table of 2 W numbers that are two registers; only the lowest bits of an index count.
+#if defined(__AVX512F__)
+constexpr bool kPicks = true;
+static inline V pick(const V *t, I index) { return V(_mm512_permutex2var_ps(__m512(t[0]), __m512i(index), __m512(t[1]))); }
+#elif defined(__AVX2__)
+constexpr bool kPicks = true;
+static inline V pick(const V *t, I index) {
+    const __m256 low = _mm256_permutevar8x32_ps(__m256(t[0]), __m256i(index));
+    const __m256 high = _mm256_permutevar8x32_ps(__m256(t[1]), __m256i(index));
+    return V(_mm256_blendv_ps(low, high, __m256(I(index << 28))));  // bit 3 to where the sign is
+}
+#else
+constexpr bool kPicks = false;  // there is no such instruction
+static inline V pick(const V *t, I) { return t[0]; }
+#endif
+
 // A shift of all lanes: by a vector where there is such an instruction, as shifts by a register are two. (The operator will not do:
 // the compiler sees that all counts are equal.)
 #if defined(__AVX512F__)

@@ -5,22 +5,6 @@
 namespace nf {
 namespace NF_ISA {
 
-// Tables of up to 2 W numbers that stay in registers, where lanes can look up in those.
-#if defined(__AVX512F__)
-constexpr bool kRegisters = true;
-static inline V pick(const V *t, I index) { return V(_mm512_permutex2var_ps(__m512(t[0]), __m512i(index), __m512(t[1]))); }
-#elif defined(__AVX2__)
-constexpr bool kRegisters = true;
-static inline V pick(const V *t, I index) {
-    const __m256 low = _mm256_permutevar8x32_ps(__m256(t[0]), __m256i(index));
-    const __m256 high = _mm256_permutevar8x32_ps(__m256(t[1]), __m256i(index));
-    return V(_mm256_blendv_ps(low, high, __m256(I(index << 28))));
-}
-#else
-constexpr bool kRegisters = false;
-static inline V pick(const V *t, I) { return t[0]; }
-#endif
-
 // Rounding the lanes of some rows: their scales, zero points and members, looked up when the block or the unit changes.
 struct Rounding {
     const nf_lattice &l;
@@ -35,7 +19,7 @@ struct Rounding {
 
     Rounding(const nf_lattice &lattice, int64_t first, int rows) : l(lattice), row(first), count(rows) {
         for (int i = 0; i < W; i++) row_blocks[i] = static_cast<int32_t>((row_of(i) - row) * l.blocks);
-        small = kRegisters && l.entries <= 2 * W && (!l.member || l.one_member);
+        small = kPicks && l.entries <= 2 * W && (!l.member || l.one_member);
         if (!small) return;
         const int64_t from = l.member ? static_cast<int64_t>(member_at(0)) * l.entries : 0;
         keep(l.thresholds + from, thresholds), keep(l.levels + from, levels), keep(l.codes + from, codes);
