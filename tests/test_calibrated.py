@@ -30,8 +30,8 @@ QUICK: dict[str, Any] = {"windows": 4, "context": 24, "progress": False, "embedd
 TEXT = words(400)
 
 
-def model_at(path: Path, kind: str = "llama") -> Path:
-    build(kind, path)
+def model_at(path: Path, kind: str = "llama", **changed: Any) -> Path:
+    build(kind, path, **changed)
     save_tokenizer(path)
     return path
 
@@ -161,7 +161,7 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(parts: dict[str, Any], tm
     class Killed(Exception):
         pass
 
-    original = layers.Results.save
+    original = layers.Results.write
 
     def save_once(self: Any, k: int, *rest: Any) -> None:
         if k == 1:
@@ -169,13 +169,13 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(parts: dict[str, Any], tm
         original(self, k, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers.Results, "save", save_once)
+        patch.setattr(layers.Results, "write", save_once)
         with pytest.raises(Killed):
             quantize(source, "int3-g32", again, **options)
     begun: list[int] = []
-    first = layers.Walk._layer
+    first = layers.Walk._solved
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers.Walk, "_layer", lambda self, k: (begun.append(k), first(self, k))[1])
+        patch.setattr(layers.Walk, "_solved", lambda self, k: (begun.append(k), first(self, k))[1])
         quantize(source, "int3-g32", again, **options)
     assert begun == [1]
     assert files_of(again) == files_of(tmp_path / "whole")
@@ -206,18 +206,71 @@ def test_learning_brings_a_layer_nearer(how: str, fmt: str, tmp_path: Path) -> N
     assert distance(how) < 0.99 * distance("none")
 
 
+def test_layers_are_learned_together(tmp_path: Path) -> None:
+    """Both layers of a span move, and what the last of them makes comes nearer."""
+    source = model_at(tmp_path / "model")
+    config = open_source(source).config()
+    windows, _ = layers.calibration_windows(Blocks(open_source(source), config).tokenizer, words(2000), 16, 32, "llama")
+    caught: list[Tensor] = []
+
+    def before_the_norm(model: Any) -> Tensor:
+        caught.clear()
+        hook = model.model.norm.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
+        with torch.no_grad():
+            model(windows)
+        hook.remove()
+        return caught[0]
+
+    target, found = before_the_norm(from_reference(source)), {}
+    for name, learning in {"rounded": {}, "learned": {"reconstruct": "signround", "iterations": 60, "span": 2}}.items():
+        options = {**QUICK, **learning, "windows": 16, "context": 32, "solver": "nearest", "propagate": "quantized"}
+        quantize(source, "int3-g32", tmp_path / name, calibration=words(2000), **options)
+        model = decode_model(numfit.load(tmp_path / name, dtype="float32", activations="reference")[0])
+        found[name] = float((before_the_norm(model) - target).norm())
+    assert found["learned"] < 0.9 * found["rounded"], found
+    before, after = decoded(tmp_path / "rounded"), decoded(tmp_path / "learned")
+    assert not any(torch.equal(before[name], after[name]) for name in before if ".layers." in name)
+
+
+@pytest.mark.parametrize("killed", [0, 2, 3, 4])
+def test_a_span_that_was_killed_is_learned_again(killed: int, tmp_path: Path) -> None:
+    source = model_at(tmp_path / "model", num_hidden_layers=5)
+    options = {**QUICK, "calibration": TEXT, "threads": 1, "reconstruct": "signround", "iterations": 3, "span": 2}
+    quantize(source, "int3-g32", tmp_path / "whole", **options)
+    original, begun = layers.Results.write, list[int]()
+
+    class Killed(Exception):
+        pass
+
+    def write(self: Any, k: int, *rest: Any) -> None:
+        if k == killed:
+            raise Killed
+        original(self, k, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers.Results, "write", write)
+        with pytest.raises(Killed):
+            quantize(source, "int3-g32", tmp_path / "again", **options)
+    first = layers.Walk._solved
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers.Walk, "_solved", lambda self, k: (begun.append(k), first(self, k))[1])
+        quantize(source, "int3-g32", tmp_path / "again", **options)
+    assert begun == list(range(killed // 2 * 2, 5))
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "whole")
+
+
 def test_damaged_hidden_states_begin_again(tmp_path: Path) -> None:
     source = model_at(tmp_path / "model")
     options = {**QUICK, "calibration": TEXT, "threads": 1, "propagate": "quantized"}
     quantize(source, "int3-g32", tmp_path / "whole", **options)
-    original = layers.Results.save
+    original = layers.Results.write
 
     def save_once(self: Any, k: int, *rest: Any) -> None:
         original(self, k, *rest)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers.Results, "save", save_once)
+        patch.setattr(layers.Results, "write", save_once)
         with pytest.raises(KeyboardInterrupt):
             quantize(source, "int3-g32", tmp_path / "out", **options)
     states = tmp_path / "out.partial" / "layers" / "quantized-00001.f32"
@@ -444,6 +497,11 @@ def test_what_is_recorded_is_what_was_done() -> None:
     assert Parts().settled(fmt).iterations == 0 and Parts(reconstruct="tune").settled(fmt).iterations == 150
     for parts in (Parts(retarget=0.5), Parts(solver="gptq", gptaq=0.2), Parts(reconstruct="progressive")):
         assert parts.settled(fmt).propagate == "quantized"
+    for how in ("none", "progressive"):
+        with pytest.raises(OptionError, match=f"here it is {how}"):
+            Parts(reconstruct=how, span=2).settled(fmt)
+    with pytest.raises(OptionError, match="at least 1 layer"):
+        Parts(span=0)
     for held, said in ({"hold_out": 32, "retarget": 1.0}, "less than the number"), ({"hold_out": 4}, "--retarget 1"):
         with pytest.raises(OptionError, match=said):
             Parts(**held)

@@ -61,17 +61,17 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pyte
     options: dict[str, Any] = {**QUICK, "calibration": TEXT, "device": "cuda", "recipe": "extreme", "iterations": 5}
     quantize(source, "int3-g32", tmp_path / "whole", **options)
     done: list[int] = []
-    original = layers.Results.save
+    original = layers.Results.write
 
     def save_once(self: Any, k: int, *rest: Any) -> None:
         original(self, k, *rest)
         done.append(k)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(layers.Results, "save", save_once)
+    monkeypatch.setattr(layers.Results, "write", save_once)
     with pytest.raises(KeyboardInterrupt):
         quantize(source, "int3-g32", tmp_path / "out", **options)
-    monkeypatch.setattr(layers.Results, "save", original)
+    monkeypatch.setattr(layers.Results, "write", original)
     quantize(source, "int3-g32", tmp_path / "out", **options)
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()

@@ -53,12 +53,12 @@ def transformers() -> Any:
     return library
 
 
-def build(kind: str, path: Path) -> Any:
-    """A random model of a kind, saved as a Hugging Face directory."""
+def build(kind: str, path: Path, **changed: Any) -> Any:
+    """A random model of a kind, saved as a Hugging Face directory; `changed`: of its configuration."""
     library = transformers()
     name, extra = KINDS[kind]
     torch.manual_seed(0)
-    model = library.AutoModelForCausalLM.from_config(getattr(library, name)(**{**COMMON, **extra})).eval()
+    model = library.AutoModelForCausalLM.from_config(getattr(library, name)(**{**COMMON, **extra, **changed})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numfit.calibration.statistics import Key
 from numfit.checkpoint.index import Target, map_tensors
 from numfit.checkpoint.source import DirectorySource, Source
 from numfit.errors import CheckpointError, require
@@ -65,6 +66,23 @@ class Blocks:
     def sources_of(self, k: int) -> list[str]:
         """Names of the source's tensors that layer k is made of."""
         return list(dict.fromkeys(run.source for target in self.targets_of(k) for run in target.runs))
+
+    def places(self, k: int) -> dict[str, list[Key]]:
+        """Where each of layer k's source tensors is multiplied: one key for a matrix, one an expert for [E, N, K]."""
+        out: dict[str, list[Key]] = {}
+        for target in self.targets_of(k):
+            if target.transposed or len(target.shape) not in (2, 3):
+                continue
+            per_expert = target.shape[-2]
+            offset = 0
+            for run in target.runs:
+                if len(target.shape) == 2:
+                    out.setdefault(run.source, []).append((target.name, None))
+                else:
+                    first, last = offset // per_expert, (offset + run.count - 1) // per_expert
+                    out.setdefault(run.source, []).extend((target.name, expert) for expert in range(first, last + 1))
+                offset += run.count
+        return out
 
     def read(self, k: int) -> dict[str, Tensor]:
         """Layer k's tensors by the source's names, in fp32."""

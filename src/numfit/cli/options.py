@@ -68,6 +68,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--reconstruct", metavar="HOW", help="learn a layer as a whole: none, signround, adaround, tune, progressive, auto"
     )
     group.add_argument("--iterations", type=int, metavar="N", help="of --reconstruct (default 150; 40 for progressive)")
+    group.add_argument("--span", type=int, metavar="N", help="neighbouring layers that --reconstruct learns as one (default 1)")
     group.add_argument(
         "--propagate", metavar="STREAM", help="inputs of a layer: of the original model (default), or the quantized so far"
     )
@@ -91,8 +92,8 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_recipe_arguments` that were given, as those of `numfit.plan` and `numfit.quantize`."""
     names = (
         "bits", "embedding", "rules", "skip", "scale_rule", "shard_size", "threads", "calibration", "recipe", "solver", "order",
-        "damp", "ridge", "importance", "transform", "bias_correction", "reconstruct", "iterations", "propagate", "retarget",
-        "hold_out", "gptaq", "rescomp", "windows", "context", "statistics", "device",
+        "damp", "ridge", "importance", "transform", "bias_correction", "reconstruct", "iterations", "span", "propagate",
+        "retarget", "hold_out", "gptaq", "rescomp", "windows", "context", "statistics", "device",
     )  # fmt: skip
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if not given.get("calibration", "hub:").startswith("hub:"):

@@ -180,6 +180,8 @@ def _passes(parts: Parts) -> tuple[int, int]:
     passes, sums = 1 + both, 1 + cross
     if parts.transform != "none":  # gathered again behind the rewrite; without moving on
         passes, sums = passes + 1 + cross, 2 * sums
+    if parts.span > 1:  # what a layer makes before it is learned goes into the next one of the same span
+        passes += 1
     return passes + parts.needs_quantized, sums
 
 
@@ -312,6 +314,6 @@ def _peak(plan: Plan, layers: list[Layer], parts: Parts, context: int, state: in
         solved = (1 + 4 * rotated) * layer.size  # codes, and the weights in their coordinates
         weights = 4 * layer.size * (6 if parts.reconstruct != "none" else 2)
         solving = moments + FACTORS * 4 * widest * widest + COPIES * 4 * largest
-        learning = 3 * activations if parts.reconstruct != "none" else 0
-        most = max(most, weights + solved + max(2 * moments + activations, solving, learning))
+        learning = 3 * activations * parts.span if parts.reconstruct != "none" else 0
+        most = max(most, parts.span * (weights + solved) + max(2 * moments + activations, solving, learning))
     return max(embedding, most) + state

@@ -3,30 +3,30 @@
     hidden states ─→ layer k as it was ─→ statistics ─→ solver ─→ (reconstruction) ─→ planes of layer k, in a file
          └────────────────────────────→ hidden states that enter layer k+1
 
-One layer's weights and statistics are in memory; hidden states lie in files (calibration/streams.py). A finished layer is a
-file of planes that appears in one step, so a killed run goes on with the next one. The tensor-by-tensor walk (walk.py) then
+One layer's weights and statistics are in memory, or those of the few that are learned together; hidden states lie in files
+(calibration/streams.py). A finished layer is a file of planes that appears in one step, and of layers that belong together the
+first one appears last, so a killed run goes on with what follows. The tensor-by-tensor walk (walk.py) then
 writes the checkpoint and takes from here what has been solved; what is no decoder layer (embeddings, head) it rounds as ever.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from numfit.calibration import Blocks, Key, Recorder, Statistics, Stream, load_statistics, save_statistics
-from numfit.checkpoint.manifest import canonical_json
 from numfit.checkpoint.packed import plane_name
 from numfit.checkpoint.safetensors_file import DTYPES
 from numfit.checkpoint.source import Source
 from numfit.corrections import bias_shift
 from numfit.errors import CheckpointError, OptionError
+from numfit.pipeline.kept import claim
 from numfit.pipeline.learn import Run, learn, learn_in_turn
 from numfit.pipeline.linear import FEW, Solved, finish, round_only, solve_linear
 from numfit.pipeline.partial import LAYERS
@@ -36,6 +36,19 @@ from numfit.pipeline.results import Calibration, Results
 from numfit.pipeline.rewrite import rewrite_layer
 from numfit.structure import decoder_map
 from numfit.text import calibration_windows, check_windows
+
+
+@dataclass
+class Layer:
+    """A decoder layer on its way: its tensors and those of them that are to be quantized, what a rewrite has changed, what is
+    solved, and what should be told."""
+
+    k: int
+    tensors: dict[str, Tensor]
+    mine: list[PlannedTensor]
+    rewritten: dict[str, Tensor]
+    solved: list[Solved]
+    notes: list[str]
 
 
 class Walk:
@@ -67,7 +80,7 @@ class Walk:
         self.quantized = Stream(self.directory, "quantized", shape) if parts.needs_quantized else None
         self.streams = [self.original, *([self.quantized] if self.quantized else [])]
         if self.statistics is not None:
-            _claim(self.statistics, source, task.recipe["calibration"], self.windows)
+            claim(self.statistics, source, task.recipe["calibration"], self.windows)
             if not parts.needs_quantized and parts.transform == "none" and all(map(self._kept, range(len(self.blocks)))):
                 self.streams = []  # everything is known already: no layer need run
         tokens = self.windows.numel()
@@ -86,10 +99,11 @@ class Walk:
         with Progress("calibrating and solving", sum(sizes), sum(sizes[:first]), self.shown) as bar:
             if first < count and self.streams:
                 self._embed(first)
-            for k in range(first, count):
+            for k in range(first, count, self.parts.span):
+                together = range(k, min(k + self.parts.span, count))
                 bar.at(self.blocks.prefixes[k])
-                self._layer(k)
-                bar.add(self.blocks.prefixes[k], sizes[k])
+                self._layers(together)
+                bar.add(self.blocks.prefixes[together[-1]], sum(sizes[j] for j in together))
         for stream in self.streams:
             stream.drop_before(count + 1)
         self.results.notes[:0] = self.notes
@@ -120,10 +134,33 @@ class Walk:
         if first == 0 and self.quantized is not None:
             self.quantized.open(0, new=True).copy_(target)
 
-    # -- one layer ------------------------------------------------------------------------------------------------------
+    # -- layers ---------------------------------------------------------------------------------------------------------
 
-    def _layer(self, k: int) -> None:
-        blocks, last = self.blocks, k == len(self.blocks) - 1
+    def _layers(self, ks: Sequence[int]) -> None:
+        """Solve neighbouring layers, learn them as one where that is asked for, and write them."""
+        layers = []
+        for k in ks:
+            layers.append(self._solved(k))
+            if k != ks[-1]:  # the next one's inputs until these are learned
+                self._install(layers[-1], {item.name: finish(item).dequantize() for item in layers[-1].solved})
+                self._forward_quantized(k)
+        if self.parts.reconstruct not in ("none", "progressive"):
+            with self.results.timed("learning"):
+                self._learn(layers)
+        files = [self._finished(layer) for layer in layers]
+        end = ks[-1] + 1
+        seals = {stream.name: stream.seal(end) for stream in self.streams} if end < len(self.blocks) else {}
+        for k, (planes, said) in reversed(list(zip(ks, files))):
+            self.results.write(k, planes, {**said, "streams": seals})
+        for k in ks:
+            self.blocks.release(k)
+            self.results.take_up(k)
+        for stream in self.streams:
+            stream.drop_before(end)
+
+    def _solved(self, k: int) -> Layer:
+        """Read, watch, rewrite and solve a layer."""
+        blocks = self.blocks
         tensors = blocks.read(k)
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
@@ -133,7 +170,7 @@ class Walk:
         names = {tensor.name for tensor in mine}
         timed = self.results.timed
         with timed("statistics"):
-            statistics = self._statistics(k, names, last)
+            statistics = self._statistics(k, names, k == len(blocks) - 1)
         notes: list[str] = []
         rewritten: dict[str, Tensor] = {}
         if self.parts.transform != "none" and mine:
@@ -150,36 +187,54 @@ class Walk:
         else:
             with timed("solving"):
                 solved = self._solve(k, mine, tensors, statistics, notes)
-            if self.parts.reconstruct != "none":
-                with timed("learning"):
-                    solved = learn(self._runner(k, tensors), solved, *self._inputs_and_targets(k), self.parts, blocks.device)
-        planes: dict[str, Tensor] = {}
+        return Layer(k, tensors, mine, rewritten, solved, notes)
+
+    def _learn(self, layers: list[Layer]) -> None:
+        """Learn what is solved of neighbouring layers against what they make, in full precision, of the text."""
+        runs = [self._runner(layer.k, layer.tensors) for layer in layers]
+
+        def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+            for one in runs:
+                hidden = one(weights, hidden)
+            return hidden
+
+        solved = [item for layer in layers for item in layer.solved]
+        ends = self._inputs_and_targets(layers[0].k, layers[-1].k + 1)
+        learned = {item.name: item for item in learn(run, solved, *ends, self.parts, self.blocks.device)}
+        for layer in layers:
+            layer.solved = [learned[item.name] for item in layer.solved]
+
+    def _finished(self, layer: Layer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Pack a layer and move the quantized stream on: what its file holds, and what that says of itself."""
+        tensors, planes, effective = layer.tensors, dict[str, Tensor](), dict[str, Tensor]()
         errors: dict[str, float] = {}
-        effective: dict[str, Tensor] = {}
-        for item in solved:
+        for item in layer.solved:
             packed = finish(item)
             weight = packed.dequantize()
             errors[item.name] = _relative(tensors[item.name], weight)
             planes |= {plane_name(item.name, plane): value for plane, value in packed.state_dict().items()}
             effective[item.name] = weight
-            notes += item.notes
+            layer.notes += item.notes
             bias = item.name.removesuffix("weight") + "bias"
             if self.parts.bias_correction and bias in tensors and item.mean is not None:
                 shifted = tensors[bias] + bias_shift(tensors[item.name] - weight, item.mean)
-                tensors[bias] = rewritten[bias] = self._as_stored(bias, shifted)
-        kept = {name: self.planned[name] for name in rewritten if self.planned[name].format is None}
-        planes |= {name: rewritten[name].to(DTYPES[tensor.dtype]) for name, tensor in kept.items()}
-        seals = {}
-        if not last:
-            if self.quantized is not None:
-                blocks.install(k, {**tensors, **effective})
-                with timed("statistics"):
-                    self._forward(k, self.quantized)
-            seals = {stream.name: stream.seal(k + 1) for stream in self.streams}
-        blocks.release(k)
-        self.results.save(k, planes, {"errors": errors, "rewritten": list(kept), "notes": notes, "streams": seals})
-        for stream in self.streams:
-            stream.drop_before(k + 1)
+                tensors[bias] = layer.rewritten[bias] = self._as_stored(bias, shifted)
+        kept = {name: self.planned[name] for name in layer.rewritten if self.planned[name].format is None}
+        planes |= {name: layer.rewritten[name].to(DTYPES[tensor.dtype]) for name, tensor in kept.items()}
+        if layer.k < len(self.blocks) - 1 and self.quantized is not None:
+            self._install(layer, effective)
+            self._forward_quantized(layer.k)
+        return planes, {"errors": errors, "rewritten": list(kept), "notes": layer.notes}
+
+    def _install(self, layer: Layer, effective: Mapping[str, Tensor]) -> None:
+        """Give a layer the weights that its codes stand for."""
+        self.blocks.install(layer.k, {**layer.tensors, **effective})
+
+    def _forward_quantized(self, k: int) -> None:
+        """The hidden states of the model quantized so far through layer k as it is now."""
+        assert self.quantized is not None
+        with self.results.timed("statistics"):
+            self._forward(k, self.quantized)
 
     def _forward(self, k: int, stream: Stream) -> None:
         """Hidden states through layer k as it is now."""
@@ -241,7 +296,7 @@ class Walk:
     ) -> dict[str, Tensor]:
         """The tensors of layer k that the recipe's rewrites change; `names`: of those that are quantized."""
         assert self.decoder is not None
-        places = {name: keys[0] for name, keys in _places(self.blocks, k).items() if name in names and len(keys) == 1}
+        places = {name: keys[0] for name, keys in self.blocks.places(k).items() if name in names and len(keys) == 1}
         known = {name.removesuffix(".weight"): statistics[key] for name, key in places.items() if key in statistics}
         quantized = {name.removesuffix(".weight"): f for name in tensors if (f := self.planned[name].format) is not None}
         return rewrite_layer(self.parts.transform, self.decoder, k, tensors, known, quantized, self.rule)
@@ -265,7 +320,7 @@ class Walk:
         self, k: int, mine: list[PlannedTensor], tensors: Mapping[str, Tensor], statistics: Mapping[Key, Statistics],
         notes: list[str],
     ) -> list[Solved]:  # fmt: skip
-        places = _places(self.blocks, k)
+        places = self.blocks.places(k)
         solved = []
         for tensor in mine:
             assert tensor.format is not None
@@ -287,16 +342,17 @@ class Walk:
         """Layer k with other weights, by the source's names; `base`: what it has."""
         return lambda weights, hidden: self.blocks.run_with(k, self.blocks.parameters(k, weights, base), hidden)
 
-    def _inputs_and_targets(self, k: int) -> tuple[Tensor, Tensor]:
+    def _inputs_and_targets(self, k: int, end: int) -> tuple[Tensor, Tensor]:
+        """What enters layer k in the model quantized so far, and what enters layer `end` in the original."""
         assert self.quantized is not None
-        return self.quantized.open(k), self.original.open(k + 1)
+        return self.quantized.open(k), self.original.open(end)
 
     def _in_turn(
         self, k: int, mine: list[PlannedTensor], tensors: Mapping[str, Tensor], statistics: Mapping[Key, Statistics],
         notes: list[str],
     ) -> list[Solved]:  # fmt: skip
         """Solve linears that share an input together, one such group after the other; what is left learns to make up."""
-        places, planned = _places(self.blocks, k), {tensor.name: tensor for tensor in mine}
+        places, planned = self.blocks.places(k), {tensor.name: tensor for tensor in mine}
         home = {places[name][0]: name for name in planned if len(places.get(name, [])) == 1 and places[name][0][1] is None}
         groups: dict[int, list[str]] = {}
         for key, stats in statistics.items():  # in the order in which the layer applies them
@@ -318,53 +374,10 @@ class Walk:
         fmt = planned[named[0]].format
         assert fmt is not None
         learned = learn_in_turn(
-            self._runner(k, base), list(groups.values()), weights, solve, *self._inputs_and_targets(k), self.parts, fmt.bits,
-            self.blocks.device,
+            self._runner(k, base), list(groups.values()), weights, solve, *self._inputs_and_targets(k, k + 1), self.parts,
+            fmt.bits, self.blocks.device,
         )
         return [*alone, *learned]
-
-
-def _claim(directory: Path, source: Source, text: str, windows: Tensor) -> None:
-    """Make sure that a directory of kept statistics is of this model and these windows.
-
-    Raises:
-        OptionError: it is of others. CheckpointError: it is damaged.
-    """
-    mine = {
-        "model": hashlib.sha256(canonical_json({"config": source.config(), **source.fingerprint()})).hexdigest(),
-        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "text": text,
-    }  # fmt: skip
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "statistics.json"
-    if not path.is_file():
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(canonical_json(mine))
-        os.replace(part, path)
-        return
-    try:
-        said = json.loads(path.read_bytes())
-    except ValueError:
-        raise CheckpointError(f"'{path}' is damaged; delete that directory, or pass another one to --statistics") from None
-    if said != mine:
-        raise OptionError(f"--statistics '{directory}' holds those of another model, text or windows; pass another directory")
-
-
-def _places(blocks: Blocks, k: int) -> dict[str, list[Key]]:
-    """Where each tensor of the source is multiplied: one key for a matrix, one an expert for [E, N, K]."""
-    out: dict[str, list[Key]] = {}
-    for target in blocks.targets_of(k):
-        if target.transposed or len(target.shape) not in (2, 3):
-            continue
-        per_expert = target.shape[-2]
-        offset = 0
-        for run in target.runs:
-            if len(target.shape) == 2:
-                out.setdefault(run.source, []).append((target.name, None))
-            else:
-                first, last = offset // per_expert, (offset + run.count - 1) // per_expert
-                out.setdefault(run.source, []).extend((target.name, expert) for expert in range(first, last + 1))
-            offset += run.count
-    return out
 
 
 def _relative(w: Tensor, w_hat: Tensor) -> float:

@@ -38,6 +38,7 @@ class Parts:
             rotated types, whose codes depend on each other too much to be learned, signround for others.
         iterations: of `reconstruct`, where there is one; 0: 40 for progressive, which takes them for every group of linears,
             150 for others.
+        span: how many neighbouring layers `reconstruct` learns as one (CBQ); 1: each for itself.
         propagate: whether a layer's inputs are those of the original model, or of the model quantized so far.
         retarget: share of the upstream error that each linear compensates for (QEP), 0 to 1.
         hold_out: the last windows of the text, on which each linear's own share is chosen, `retarget` being the most; 0:
@@ -56,6 +57,7 @@ class Parts:
     bias_correction: bool = False
     reconstruct: str = "none"
     iterations: int = 0
+    span: int = 1
     propagate: str = "original"
     retarget: float = 0.0
     hold_out: int = 0
@@ -85,6 +87,8 @@ class Parts:
             raise OptionError("--hold-out chooses how much of --retarget each linear takes: say the most, as in --retarget 1")
         if not 0 < self.damp < 100:
             raise OptionError(f"--damp is a positive share of H's mean diagonal, usually 0.01, not {self.damp}")
+        if self.span < 1:
+            raise OptionError(f"--span is at least 1 layer, not {self.span}")
         if self.iterations < 0:
             raise OptionError(f"--iterations is at least 1, not {self.iterations}")
 
@@ -93,6 +97,11 @@ class Parts:
         how = self.reconstruct
         if how == "auto":
             how = "progressive" if fmt.side.rotation is not None or fmt.trellis is not None else "signround"
+        if self.span > 1 and how in ("none", "progressive"):
+            raise OptionError(
+                f"--span {self.span} has neighbouring layers learned as one, which --reconstruct signround, adaround and tune "
+                f"can do; here it is {how}"
+            )
         steps = {"none": self.iterations, "progressive": self.iterations or 40}.get(how, self.iterations or 150)
         stream = "quantized" if self.needs_cross or how == "progressive" else self.propagate  # they take that one
         return replace(self, reconstruct=how, iterations=steps, propagate=stream)

@@ -87,8 +87,8 @@ class Results:
         self.notes += said["notes"]
         return said
 
-    def save(self, k: int, planes: Mapping[str, Tensor], said: dict[str, Any]) -> None:
-        """Write layer k's file in one step, and take it up."""
+    def write(self, k: int, planes: Mapping[str, Tensor], said: dict[str, Any]) -> None:
+        """Write layer k's file in one step."""
         from safetensors.torch import save_file
 
         path = self.directory / f"{k:05d}.safetensors"
@@ -97,7 +97,6 @@ class Results:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-        self.take_up(k)
 
     def read(self, tensor: PlannedTensor) -> dict[str, Tensor] | None:
         """What the checkpoint will hold of a tensor, by the names of its slots; None where it was not solved here."""
