@@ -1,7 +1,7 @@
 """Quality per bit: numfit's types and algorithms against llama.cpp with an importance matrix, at true bits, in one table.
 
     python benchmarks/quality.py --calibration CALIB.txt --text VALID.txt [--model smollm2|qwen-0.5b|qwen-1.5b|DIR]
-                                 [--only REGEX]
+                                 [--only REGEX] [--algorithms]
                                  [--windows 8] [--llama-cpp SITE_PACKAGES] [--work DIR] [--svg FILE] [--markdown FILE]
 
 Each row is a checkpoint: quantized, written, read back, and compared with the original on `--windows` windows of 1024 tokens of
@@ -92,27 +92,33 @@ SMOLLM2 = [
     numfit("lm5-row+rot", "balanced", rules=["down_proj=lm6-row+rot"]),
     *(numfit(f"{fmt}+rot", "balanced") for fmt in ("trellis2", "trellis3", "trellis3-t8", "trellis4")),
     *(numfit(f"trellis{k}+rot", "balanced", rules=[f"gate_proj|down_proj=trellis{k + 1}+rot"]) for k in (2, 3)),
-    # algorithms, by two types
+    # recipes
     numfit("mant4-g32@e3m3", data=False),
     numfit("mant4-g32@e3m3", "quality"),
     numfit("mant4-g32@e3m3+rank8", "balanced"),
     numfit("int4-g128", "fast"),
     numfit("int4-g128", "balanced"),
-    *(numfit("int4-g128", "balanced", solver=f"gptq+{step}") for step in ("alternate", "descent")),
     numfit("int4-g128", "balanced", transform="awq"),
-    numfit("int4-g128", "balanced", transform="smooth"),
-    numfit("int4-g128", "balanced", transform="osplus"),
-    numfit("int4-g128", "balanced", transform="fold"),
-    numfit("int4-g128+sparse10", "balanced"),
-    numfit("int4-g128", "balanced", propagate="quantized", gptaq=0.25),
     numfit("km4-row", "balanced"),
     numfit("any4-g128", "balanced"),
     numfit("int3-g128", "balanced"),
-    numfit("trellis3+rot", "quality"),
     # whole layers learned: slow
-    numfit("trellis2+rot", "extreme"),
-    numfit("int3-g128", "extreme"),
+    *(numfit(fmt, "extreme") for fmt in ("int3-g128", "trellis2+rot", "trellis3+rot")),
 ]  # fmt: skip
+QUANTIZED: dict[str, Any] = {"propagate": "quantized"}
+ALGORITHMS = [  # one at a time, for the second table
+    *(numfit("int4-g128", "balanced", solver=f"gptq+{step}") for step in ("alternate", "descent")),
+    *(numfit("int4-g128", "balanced", transform=name) for name in ("smooth", "osplus", "fold")),
+    numfit("int4-g128+sparse10", "balanced"),
+    numfit("int4-g128", "balanced", **QUANTIZED),
+    numfit("int4-g128", "balanced", **QUANTIZED, gptaq=0.25),
+    numfit("int4-g128", "balanced", **QUANTIZED, rescomp=0.25),
+    numfit("int4-g128", "balanced", **QUANTIZED, retarget=0.5),
+    numfit("int4-g128", "balanced", **QUANTIZED, retarget=1.0, hold_out=8),
+    numfit("int3-g128", "extreme", span=2),
+    numfit("trellis3+rot", "quality"),
+    numfit("trellis4+rot", "extreme"),
+]
 FIVE = (("mant4-g32@e3m3", "balanced"), ("lm4-row+rot", "balanced"), ("fp5.33", "balanced"), ("trellis4+rot", "balanced"),
         ("trellis3+rot", "balanced"))  # fmt: skip
 QWEN = [
@@ -282,7 +288,8 @@ def main() -> None:
     parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="text to measure on")
     parser.add_argument("--windows", type=int, default=8, metavar="N", help="of the text, 1024 tokens each (default 8)")
     parser.add_argument("--only", metavar="REGEX", help="rows whose name matches, and no others")
-    parser.add_argument("--row", action="append", default=[], metavar="JSON", help='more rows, as {"format": …, "recipe": …}')
+    parser.add_argument("--row", action="append", default=[], metavar="JSON", help='more rows, as {"fmt": …, "recipe": …}')
+    parser.add_argument("--algorithms", action="store_true", help="also what single algorithms do, as a second table")
     parser.add_argument("--llama-cpp", metavar="DIR", help="site-packages that hold llama-cpp-python, if these do not")
     parser.add_argument("--work", type=Path, metavar="DIR", help="results and statistics (default: beside the model)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the front")
@@ -292,6 +299,8 @@ def main() -> None:
     args = parser.parse_args()
     model, rows = rows_of(args)
     rows = rows + [numfit(**json.loads(row)) for row in args.row]
+    if args.algorithms:
+        rows = rows + ALGORITHMS
     args.work = args.work or model.with_name(f"{model.name}-quality")
     args.work.mkdir(parents=True, exist_ok=True)
     path = args.work / "results.jsonl"
@@ -310,10 +319,12 @@ def main() -> None:
                     file.write(json.dumps(result) + "\n")
                 shown = with_gains(list(read_results(path)))
                 print(text_table([r for r in shown if r["row"] == row.name], COLUMNS).splitlines()[-1], flush=True)
-    shown = with_gains(list(read_results(path)))
-    print(text_table(shown, COLUMNS))
+    shown, single = with_gains(list(read_results(path))), {row.name for row in ALGORITHMS}
+    tables = [[row for row in shown if (row["row"] in single) == second] for second in (False, True)]
+    print("\n\n".join(text_table(table, COLUMNS) for table in tables if table))
     if args.markdown:
-        args.markdown.write_text(markdown_table(shown, COLUMNS) + "\n", encoding="utf-8")
+        text = "\n\n".join(markdown_table(table, COLUMNS) for table in tables if table)
+        args.markdown.write_text(text + "\n", encoding="utf-8")
     if args.svg:
         args.svg.write_text(picture(shown, f"Quality per bit, {args.model}") + "\n", encoding="utf-8")
 
