@@ -246,7 +246,7 @@ COLUMNS = [
 def with_gains(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     points = curve(results)
     rows = [{**r, "gain": gain(r["bits"], r["kl_mean"], points)} for r in results]
-    return sorted(rows, key=lambda r: (r["bits"], r["kl_mean"]))
+    return sorted(rows, key=lambda r: (round(r["bits"], 3), r["kl_mean"]))
 
 
 def picture(rows: list[dict[str, Any]], title: str) -> str:
