@@ -127,11 +127,12 @@ def calibrated(source: Source, plan: Plan, task: Calibration) -> Costs:
         seconds["learning"] += rounds * (how.iterations * step + judged)
     streams = 2 if parts.needs_quantized else 1
     state = 4 * count * context * width
+    kept = (1 + parts.span) * streams * state  # what enters each layer of a span, and what leaves the last
     return Costs(
         seconds,
         prepared,
-        _peak(plan, layers, parts, context, 2 * streams * state),
-        2 * streams * state,
+        _peak(plan, layers, parts, context, kept),
+        kept,
         streams * state * (len(layers) - 1),
         frozenset(tensor.name for layer in layers for tensor in layer.quantized),
     )
