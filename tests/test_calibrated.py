@@ -24,6 +24,7 @@ from numfit.pipeline import costs, layers, quantize, walk
 from numfit.pipeline.planning import make_plan
 from numfit.pipeline.prepare import prepare
 from numfit.pipeline.recipe import PRESETS, Parts, read_recipe
+from numfit.pipeline.shares import SHARES
 from numfit.runtime.modules import decode_model
 
 QUICK: dict[str, Any] = {"windows": 4, "context": 24, "progress": False, "embedding": "keep"}
@@ -133,11 +134,10 @@ def test_shares_of_retargeting_are_chosen_on_windows_that_are_held_out(tmp_path:
         for run, parts in runs.items():
             result = quantize(source, "int3-g32", tmp_path / run, calibration=TEXT, solver="gptq", **parts, **QUICK)
             found[run] = decoded(tmp_path / run)[name]
-    stats = seen[name]
-    assert stats.held is not None and (stats.held.tokens, stats.tokens) == (24, 96)
+    assert seen[name].tokens == 72  # of 96: the last window is held out
     assert torch.equal(found["held"], found["again"]) and not torch.equal(found["held"], found["all"])
-    shares = [float(note.rpartition("beta ")[2]) for note in result["warnings"] if "retargeted" in note]
-    assert len(set(shares)) > 1 and all(0 <= share <= 1 for share in shares)
+    shares = [float(note.split("share of ")[1].split()[0]) for note in result["warnings"] if "is best on" in note]
+    assert len(shares) == 2 and all(share in SHARES for share in shares)
     few = {**QUICK, "calibration": words(40), "windows": 16, "retarget": 1.0, "hold_out": 8}
     with pytest.raises(OptionError, match="leaves none; give a longer text"):
         quantize(source, "int3-g32", tmp_path / "few", **few)
@@ -497,6 +497,8 @@ def test_what_is_recorded_is_what_was_done() -> None:
     assert Parts().settled(fmt).iterations == 0 and Parts(reconstruct="tune").settled(fmt).iterations == 150
     for parts in (Parts(retarget=0.5), Parts(solver="gptq", gptaq=0.2), Parts(reconstruct="progressive")):
         assert parts.settled(fmt).propagate == "quantized"
+    with pytest.raises(OptionError, match="--hold-out does not go with"):
+        Parts(reconstruct="progressive", retarget=1.0, hold_out=4).settled(fmt)
     for how in ("none", "progressive"):
         with pytest.raises(OptionError, match=f"here it is {how}"):
             Parts(reconstruct=how, span=2).settled(fmt)

@@ -19,7 +19,7 @@ from numfit.solvers.linalg import cholesky_inverse_upper, row_losses
 from numfit.solvers.nearest import nearest
 from numfit.solvers.order import make_plan, small_units
 from numfit.solvers.refit import normal_equations, refit
-from numfit.solvers.retarget import held_out_share, retarget
+from numfit.solvers.retarget import retarget
 from numfit.solvers.rounding import Rounder
 from numfit.solvers.state import Problem
 from numfit.solvers.sweep import Terms, sweep
@@ -353,28 +353,6 @@ def test_retarget_solves_the_normal_equations() -> None:
     assert float((off.T @ residual).abs().max()) < 1e-4 * float((off.T @ (exact @ w.T)).abs().max())
     assert float(residual.square().sum()) < float((off @ w.T - exact @ w.T).square().sum())
     assert torch.equal(retarget(w, h, d, 0.0), w.float())
-
-
-def test_the_share_is_the_one_that_held_out_tokens_like_best() -> None:
-    exact, off, _, _ = _streams(24, 90)  # few tokens: what was learned from them overfits
-    w = torch.randn(5, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def moments(tokens: slice) -> tuple[Tensor, Tensor]:
-        x, difference = off[tokens], exact[tokens] - off[tokens]
-        return 2 / len(x) * x.T @ x, 2 / len(x) * difference.T @ x
-
-    learned, held = moments(slice(60)), moments(slice(60, None))
-    share = held_out_share(w, learned, held, 1.0)
-
-    def missed(beta: float) -> float:
-        return float((off[60:] @ retarget(w, *learned, beta).double().T - exact[60:] @ w.T).square().sum())
-
-    assert 0.02 < share < 0.98
-    tried = [missed(i / 100) for i in range(101)]
-    assert abs(share - tried.index(min(tried)) / 100) <= 0.01 and missed(share) <= min(tried) * (1 + 1e-6)
-    assert held_out_share(w, learned, held, share / 2) == share / 2
-    assert held_out_share(w, learned, (held[0], -held[1]), 1.0) == 0
-    assert held_out_share(w, (learned[0], 0 * learned[1]), held, 1.0) == 0
 
 
 def test_asymmetric_options() -> None:

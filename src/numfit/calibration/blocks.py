@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numfit.calibration.recorder import Recorder
 from numfit.calibration.statistics import Key
 from numfit.checkpoint.index import Target, map_tensors
 from numfit.checkpoint.source import DirectorySource, Source
@@ -191,6 +192,28 @@ class Blocks:
             args = (hidden, *args)
         result = torch.func.functional_call(self.layers[k], dict(parameters), args, kwargs)
         return result if isinstance(result, Tensor) else result[0]
+
+
+def watch_layer(
+    blocks: Blocks, k: int, recorder: Recorder, original: Tensor, other: Tensor | None, out: Tensor | None, cross: bool
+) -> None:
+    """Run layer k on windows, and record what reaches its linears.
+
+    Args:
+        original: hidden states of the original model [n, T, C]. other: those to record, where they are others.
+        out: where what the original ones become goes. cross: whether the two are compared.
+    """
+    with torch.no_grad():
+        for i in range(len(original)):
+            if other is None or cross or out is not None:
+                with recorder.watch() if other is None else recorder.watch_original():
+                    result = blocks.run(k, original[i : i + 1])
+                if out is not None:
+                    out[i] = result[0]
+            if other is not None:
+                with recorder.watch():
+                    blocks.run(k, other[i : i + 1])
+            recorder.take()
 
 
 def assemble(target: Target, tensors: Mapping[str, Tensor]) -> Tensor:

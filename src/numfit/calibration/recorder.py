@@ -10,7 +10,6 @@ without statistics, and said.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +69,6 @@ class Recorder:
         self.originals: dict[Key, Tensor] = {}
         self.group: dict[Key, Key] = {}  # a linear → the first one that is fed the same tensor
         self.sums: dict[Key, Accumulator] = {}
-        self.held: dict[Key, Accumulator] = {}  # of the passes that were held out, which count here and there
 
     def watch(self) -> Watch:
         """To be entered around one forward pass of the calibrated stream."""
@@ -80,8 +78,8 @@ class Recorder:
         """To be entered around the forward pass of the same tokens in the full-precision stream (for `cross`)."""
         return Watch(self.weights, self.originals.__setitem__)
 
-    def take(self, held: bool = False) -> None:
-        """Add the inputs of the pass (or pair of passes) just made; `held`: to the statistics of what is held out, too.
+    def take(self) -> None:
+        """Add the inputs of the pass (or pair of passes) just made.
 
         Raises:
             CheckpointError: NaN or Inf among them; names the linear.
@@ -101,11 +99,10 @@ class Recorder:
                     )
                 continue
             places[leader] = place
-            for group in (self.sums, self.held) if held else (self.sums,):
-                if leader not in group:
-                    group[leader] = Accumulator(x.shape[-1], x.device, double=self.double, cross=self.cross)
-                group[leader].add(x, self.originals.get(key) if self.cross else None)
+            if leader not in self.sums:
+                self.sums[leader] = Accumulator(x.shape[-1], x.device, double=self.double, cross=self.cross)
             sums = self.sums[leader]
+            sums.add(x, self.originals.get(key) if self.cross else None)
             if sums.tokens and not bool(torch.isfinite(sums.maximum - sums.minimum).all()):
                 expert = "" if key[1] is None else f", expert {key[1]}"
                 raise CheckpointError(
@@ -117,6 +114,5 @@ class Recorder:
 
     def finish(self) -> dict[Key, Statistics]:
         """Statistics by key; linears that share an input share the object."""
-        held = {key: sums.finish() for key, sums in self.held.items()}
-        done = {key: replace(sums.finish(), held=held.get(key)) for key, sums in self.sums.items()}
+        done = {key: sums.finish() for key, sums in self.sums.items()}
         return {key: done[leader] for key, leader in self.group.items()}

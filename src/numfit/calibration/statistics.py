@@ -30,7 +30,6 @@ class Statistics:
         mean: [K]. minimum, maximum: [K].
         mean_abs: mean magnitude [K].
         cross: 2/T · Σ (x̃ − x) xᵀ, fp32 [K, K], or None.
-        held: the same of the last windows alone, which are part of these; None where none are held out.
     """
 
     tokens: int
@@ -40,7 +39,6 @@ class Statistics:
     minimum: Tensor
     maximum: Tensor
     cross: Tensor | None = None
-    held: Statistics | None = None
 
     @property
     def mean_square(self) -> Tensor:

@@ -75,7 +75,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--retarget", type=float, metavar="X", help="share of upstream error to compensate (default 0)")
     group.add_argument(
         "--hold-out", type=int, metavar="N",
-        help="choose each linear's share, --retarget being the most, on the last N windows (default 0: it is X for all)",
+        help="choose each layer's share, --retarget being the most, on the last N windows (default 0: it is X for all)",
     )  # fmt: skip
     group.add_argument("--gptaq", type=float, metavar="X", help="the same inside gptq's sweep (default 0, often 0.25)")
     group.add_argument("--rescomp", type=float, metavar="X", help="of ResComp's term in gptq's sweep (default 0, often 0.25)")

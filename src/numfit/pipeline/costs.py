@@ -29,6 +29,7 @@ from numfit.pipeline.linear import Solved, finish, solve_linear, solver_options
 from numfit.pipeline.planning import Plan, PlannedTensor
 from numfit.pipeline.recipe import Parts
 from numfit.pipeline.results import Calibration
+from numfit.pipeline.shares import SHARES
 from numfit.reconstruction import fast_bf16
 from numfit.solvers.linalg import cholesky_inverse_upper
 from numfit.structure import Decoder, decoder_map
@@ -115,6 +116,8 @@ def calibrated(source: Source, plan: Plan, task: Calibration) -> Costs:
     through = count * sum(forward) / rates.forward  # seconds that all windows take through all layers
     summed = sum(2 * count * context * share * k * k * n for layer in layers for k, share, n in layer.inputs) / rates.moment
     solving, updates = _solving(source, plan, layers, parts, task.device)
+    if parts.hold_out:  # with every share; the held-out windows run through what comes of it
+        solving = len(SHARES) * (solving + parts.hold_out * sum(forward) / rates.forward)
     seconds = {"statistics": passes * through + sums * summed, "solving": solving, "learning": 0.0}
     if parts.reconstruct != "none":
         how, rounds = options(parts, count, 4), 1
@@ -308,8 +311,7 @@ def _peak(plan: Plan, layers: list[Layer], parts: Parts, context: int, state: in
     for layer in layers:
         largest = max((tensor.weights for tensor in layer.quantized), default=0)
         widest = max((k for k, _, _ in layer.inputs), default=0)
-        copies = (2 if parts.needs_cross else 1) * (2 if parts.hold_out else 1)
-        moments = sum(4 * k * k * n for k, _, n in layer.inputs) * copies
+        moments = sum(4 * k * k * n for k, _, n in layer.inputs) * (2 if parts.needs_cross else 1)
         activations = 4 * context * sum(sum(tensor.shape[-2:]) for tensor, _ in layer.weights if len(tensor.shape) == 2)
         rotated = any(tensor.format and tensor.format.side.rotation is not None for tensor in layer.quantized)
         solved = (1 + 4 * rotated) * layer.size  # codes, and the weights in their coordinates

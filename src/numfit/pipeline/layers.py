@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from numfit.calibration import Blocks, Key, Recorder, Statistics, Stream, load_statistics, save_statistics
+from numfit.calibration import Blocks, Key, Recorder, Statistics, Stream, load_statistics, save_statistics, watch_layer
 from numfit.checkpoint.packed import plane_name
 from numfit.checkpoint.safetensors_file import DTYPES
 from numfit.checkpoint.source import Source
@@ -28,27 +27,16 @@ from numfit.corrections import bias_shift
 from numfit.errors import CheckpointError, OptionError
 from numfit.pipeline.kept import claim
 from numfit.pipeline.learn import Run, learn, learn_in_turn
-from numfit.pipeline.linear import FEW, Solved, finish, round_only, solve_linear
+from numfit.pipeline.linear import FEW, Layer, Solved, finish, round_only, solve_linear
 from numfit.pipeline.partial import LAYERS
 from numfit.pipeline.planning import Plan, PlannedTensor
 from numfit.pipeline.progress import Progress
+from numfit.pipeline.recipe import Parts
 from numfit.pipeline.results import Calibration, Results
 from numfit.pipeline.rewrite import rewrite_layer
+from numfit.pipeline.shares import best_share, relative_distance
 from numfit.structure import decoder_map
 from numfit.text import calibration_windows, check_windows
-
-
-@dataclass
-class Layer:
-    """A decoder layer on its way: its tensors and those of them that are to be quantized, what a rewrite has changed, what is
-    solved, and what should be told."""
-
-    k: int
-    tensors: dict[str, Tensor]
-    mine: list[PlannedTensor]
-    rewritten: dict[str, Tensor]
-    solved: list[Solved]
-    notes: list[str]
 
 
 class Walk:
@@ -186,7 +174,7 @@ class Walk:
                 solved = self._in_turn(k, mine, tensors, statistics, notes)
         else:
             with timed("solving"):
-                solved = self._solve(k, mine, tensors, statistics, notes)
+                solved = self._solve_by_share(k, mine, tensors, statistics, notes)
         return Layer(k, tensors, mine, rewritten, solved, notes)
 
     def _learn(self, layers: list[Layer]) -> None:
@@ -246,7 +234,7 @@ class Walk:
     def _statistics(self, k: int, names: set[str], last: bool) -> dict[Key, Statistics]:
         """Statistics of layer k's linears; the original stream moves on to layer k+1 by the way."""
         parts = self.parts
-        move_on = not last or parts.reconstruct != "none"
+        move_on = not last or parts.reconstruct != "none" or parts.hold_out > 0
         if self.statistics is None:
             return self._gather(k, names, move_on=move_on)
         if kept := self._kept(k):
@@ -278,17 +266,12 @@ class Walk:
         quantized = quantized or cross or self.parts.propagate == "quantized"
         other = self.quantized.open(k) if self.quantized and quantized else None
         out = self.original.open(k + 1, new=True) if move_on else None
-        with torch.no_grad():
-            for i in range(len(original)):
-                if other is None or cross or out is not None:
-                    with recorder.watch() if other is None else recorder.watch_original():
-                        result = blocks.run(k, original[i : i + 1])
-                    if out is not None:
-                        out[i] = result[0]
-                if other is not None:
-                    with recorder.watch():
-                        blocks.run(k, other[i : i + 1])
-                recorder.take(held=i >= len(original) - self.parts.hold_out)
+        watched = len(original) - self.parts.hold_out
+        watch_layer(blocks, k, recorder, original[:watched], None if other is None else other[:watched], out, cross)
+        if out is not None:
+            with torch.no_grad():
+                for i in range(watched, len(original)):
+                    out[i] = blocks.run(k, original[i : i + 1])[0]
         return recorder.finish()
 
     def _transform(
@@ -318,7 +301,7 @@ class Walk:
 
     def _solve(
         self, k: int, mine: list[PlannedTensor], tensors: Mapping[str, Tensor], statistics: Mapping[Key, Statistics],
-        notes: list[str],
+        notes: list[str], parts: Parts | None = None,
     ) -> list[Solved]:  # fmt: skip
         places = self.blocks.places(k)
         solved = []
@@ -335,7 +318,29 @@ class Walk:
                 notes.append(f"'{tensor.name}' was rounded without statistics: {why}, {FEW} are needed")
                 solved.append(round_only(tensor.name, w, tensor.format, self.rule))
                 continue
-            solved.append(solve_linear(tensor.name, w, known, tensor.format, self.parts, self.rule))
+            solved.append(solve_linear(tensor.name, w, known, tensor.format, parts or self.parts, self.rule))
+        return solved
+
+    def _solve_by_share(
+        self, k: int, mine: list[PlannedTensor], tensors: Mapping[str, Tensor], statistics: Mapping[Key, Statistics],
+        notes: list[str],
+    ) -> list[Solved]:  # fmt: skip
+        """Solve a layer; where windows are held out, with the share of retargeting that is best there."""
+        if not self.parts.hold_out:
+            return self._solve(k, mine, tensors, statistics, notes)
+
+        def distance(weights: Mapping[str, Tensor]) -> float:
+            inputs, targets = (x[-self.parts.hold_out :] for x in self._inputs_and_targets(k, k + 1))
+            run = self._runner(k, tensors)
+            with torch.no_grad():
+                made = [run(weights, inputs[i : i + 1]).cpu() for i in range(len(inputs))]
+            return relative_distance(torch.cat(made), targets)
+
+        def solve(parts: Parts, told: list[str]) -> list[Solved]:
+            return self._solve(k, mine, tensors, statistics, told, parts)
+
+        solved, told = best_share(self.parts, solve, distance, self.blocks.prefixes[k])
+        notes += told
         return solved
 
     def _runner(self, k: int, base: Mapping[str, Tensor]) -> Run:

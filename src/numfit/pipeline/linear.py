@@ -13,9 +13,9 @@ from numfit.corrections import low_rank, outliers
 from numfit.errors import FormatError, OptionError
 from numfit.formats import Format, Params, QuantizedTensor, decode, pack, quantize_tensor
 from numfit.formats.rotation import rotate
-from numfit.pipeline.planning import rule_for
+from numfit.pipeline.planning import PlannedTensor, rule_for
 from numfit.pipeline.recipe import Parts
-from numfit.solvers import SolverOptions, held_out_share, solve
+from numfit.solvers import SolverOptions, solve
 
 FEW = 32  # tokens below which an expert's statistics say nothing
 
@@ -44,6 +44,19 @@ class Solved:
     mean: Tensor | None = None
     packed: QuantizedTensor | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Layer:
+    """A decoder layer on its way: its tensors and those of them that are to be quantized, what a rewrite has changed, what is
+    solved, and what should be told."""
+
+    k: int
+    tensors: dict[str, Tensor]
+    mine: list[PlannedTensor]
+    rewritten: dict[str, Tensor]
+    solved: list[Solved]
+    notes: list[str]
 
 
 def round_only(name: str, w: Tensor, fmt: Format, rule: str) -> Solved:
@@ -91,30 +104,17 @@ def solve_linear(
 
 
 def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: Parts, rule: str) -> Solved:
-    options = solver_options(fmt, parts, rule)
-    if stats.held is not None:
-        options = replace(options, beta=best_share(w, stats, parts.retarget))
     h, cross, rotation = stats.h, stats.cross, fmt.side.rotation
     if rotation is not None:
         w, h = rotate(w, rotation), _rotate_both(h, rotation)
         cross = None if cross is None else _rotate_both(cross, rotation)
+    options = solver_options(fmt, parts, rule)
     try:
         found = solve(w, h, fmt.base, options, cross=cross)
     except (FormatError, OptionError) as error:
         raise type(error)(f"tensor '{name}': {error}") from None
     notes = tuple(f"'{name}': {note}" for note in found.notes)
     return Solved(name, tuple(w.shape), fmt, w, h, found.codes, found.params, stats.mean, notes=notes)
-
-
-def best_share(w: Tensor, stats: Statistics, most: float) -> float:
-    """How much of what was learned from all but the held-out windows is best on those (solvers.held_out_share)."""
-    held = stats.held
-    assert stats.cross is not None and held is not None and held.cross is not None
-    rest = stats.tokens - held.tokens
-    if not rest or not held.tokens:
-        return 0.0
-    h, cross = ((stats.tokens * a - held.tokens * b) / rest for a, b in ((stats.h, held.h), (stats.cross, held.cross)))
-    return held_out_share(w, (h, cross), (held.h, held.cross), most)
 
 
 def best_chain(fmt: Format) -> str:

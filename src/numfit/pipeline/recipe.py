@@ -41,8 +41,8 @@ class Parts:
         span: how many neighbouring layers `reconstruct` learns as one (CBQ); 1: each for itself.
         propagate: whether a layer's inputs are those of the original model, or of the model quantized so far.
         retarget: share of the upstream error that each linear compensates for (QEP), 0 to 1.
-        hold_out: the last windows of the text, on which each linear's own share is chosen, `retarget` being the most; 0:
-            `retarget` is the share of all.
+        hold_out: the last windows of the text, which serve for nothing else than choosing each layer's own share, `retarget`
+            being the most; 0: `retarget` is the share of all.
         gptaq: factor of GPTAQ's term in the sweep, which does so column by column, 0 to 1 (its authors take 0.25).
         rescomp: factor of ResComp's term in the sweep, 0 to 1 (its authors take 0.25).
         windows, context: of the calibration text.
@@ -84,7 +84,7 @@ class Parts:
         if not 0 <= self.hold_out < self.windows:
             raise OptionError(f"--hold-out is less than the number of windows, {self.windows}, and not {self.hold_out}")
         if self.hold_out and not self.retarget:
-            raise OptionError("--hold-out chooses how much of --retarget each linear takes: say the most, as in --retarget 1")
+            raise OptionError("--hold-out chooses how much of --retarget each layer takes: say the most, as in --retarget 1")
         if not 0 < self.damp < 100:
             raise OptionError(f"--damp is a positive share of H's mean diagonal, usually 0.01, not {self.damp}")
         if self.span < 1:
@@ -102,6 +102,8 @@ class Parts:
                 f"--span {self.span} has neighbouring layers learned as one, which --reconstruct signround, adaround and tune "
                 f"can do; here it is {how}"
             )
+        if self.hold_out and how == "progressive":
+            raise OptionError("--hold-out does not go with --reconstruct progressive, which solves a layer's linears in turn")
         steps = {"none": self.iterations, "progressive": self.iterations or 40}.get(how, self.iterations or 150)
         stream = "quantized" if self.needs_cross or how == "progressive" else self.propagate  # they take that one
         return replace(self, reconstruct=how, iterations=steps, propagate=stream)
