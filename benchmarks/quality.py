@@ -244,9 +244,10 @@ COLUMNS = [
 
 
 def with_gains(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    results = [{**r, "bits": round(r["bits"], 3)} for r in results]  # as shown: rows of one type are of one size
     points = curve(results)
     rows = [{**r, "gain": gain(r["bits"], r["kl_mean"], points)} for r in results]
-    return sorted(rows, key=lambda r: (round(r["bits"], 3), r["kl_mean"]))
+    return sorted(rows, key=lambda r: (r["bits"], r["kl_mean"]))
 
 
 def picture(rows: list[dict[str, Any]], title: str) -> str:

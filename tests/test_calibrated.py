@@ -137,10 +137,29 @@ def test_shares_of_retargeting_are_chosen_on_windows_that_are_held_out(tmp_path:
     assert seen[name].tokens == 72  # of 96: the last window is held out
     assert torch.equal(found["held"], found["again"]) and not torch.equal(found["held"], found["all"])
     shares = [float(note.split("share of ")[1].split()[0]) for note in result["warnings"] if "is best on" in note]
-    assert len(shares) == 2 and all(share in SHARES for share in shares)
-    few = {**QUICK, "calibration": words(40), "windows": 16, "retarget": 1.0, "hold_out": 8}
+    assert len(shares) == 1 and shares[0] in SHARES  # layer 0 sees the same in both streams
+    assert read_manifest(tmp_path / "held")["calibration"]["tokens"] == 72
+    few = {**QUICK, "calibration": words(120), "windows": 16, "retarget": 1.0, "hold_out": 8}
+    with pytest.raises(OptionError, match="leaves none; give a longer text"):
+        numfit.plan(source, "int3-g32", **{k: v for k, v in few.items() if k != "progress"})
     with pytest.raises(OptionError, match="leaves none; give a longer text"):
         quantize(source, "int3-g32", tmp_path / "few", **few)
+    quantize(source, "int3-g32", tmp_path / "few", **{**few, "hold_out": 1})  # what the message advises
+
+
+def test_what_is_held_out_is_not_learned_from(tmp_path: Path) -> None:
+    source, given = model_at(tmp_path / "model"), []
+    original = layers.learn
+
+    def spy(run: Any, solved: Any, inputs: Tensor, targets: Tensor, *rest: Any) -> Any:
+        given.append((len(inputs), len(targets)))
+        return original(run, solved, inputs, targets, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "learn", spy)
+        parts = {"reconstruct": "signround", "iterations": 2, "retarget": 1.0, "hold_out": 1}
+        quantize(source, "int3-g32", tmp_path / "out", calibration=TEXT, **parts, **QUICK)
+    assert given == [(3, 3), (3, 3)]
 
 
 @pytest.mark.parametrize(
@@ -499,6 +518,8 @@ def test_what_is_recorded_is_what_was_done() -> None:
         assert parts.settled(fmt).propagate == "quantized"
     with pytest.raises(OptionError, match="--hold-out does not go with"):
         Parts(reconstruct="progressive", retarget=1.0, hold_out=4).settled(fmt)
+    with pytest.raises(OptionError, match="--bias-correction does not go with --span"):
+        Parts(reconstruct="signround", span=2, bias_correction=True).settled(fmt)
     for how in ("none", "progressive"):
         with pytest.raises(OptionError, match=f"here it is {how}"):
             Parts(reconstruct=how, span=2).settled(fmt)

@@ -101,7 +101,7 @@ def calibrated(source: Source, plan: Plan, task: Calibration) -> Costs:
     windows, _ = calibration_windows(
         blocks.tokenizer, task.text, parts.windows, parts.context, str(plan.config.get("model_type", ""))
     )
-    check_windows(windows, blocks.model.config.get_text_config())
+    check_windows(windows, blocks.model.config.get_text_config(), parts.hold_out)
     prepared = time.perf_counter() - started
     count, context = windows.shape
     config = blocks.model.config.get_text_config()
@@ -317,6 +317,8 @@ def _peak(plan: Plan, layers: list[Layer], parts: Parts, context: int, state: in
         solved = (1 + 4 * rotated) * layer.size  # codes, and the weights in their coordinates
         weights = 4 * layer.size * (6 if parts.reconstruct != "none" else 2)
         solving = moments + FACTORS * 4 * widest * widest + COPIES * 4 * largest
+        if parts.hold_out:  # the best so far beside the one that is tried, and what that decodes to
+            solved = 2 * solved + 4 * layer.size
         learning = 3 * activations * parts.span if parts.reconstruct != "none" else 0
         most = max(most, parts.span * (weights + solved) + max(2 * moments + activations, solving, learning))
     return max(embedding, most) + state

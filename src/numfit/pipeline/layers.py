@@ -24,11 +24,11 @@ from numfit.checkpoint.packed import plane_name
 from numfit.checkpoint.safetensors_file import DTYPES
 from numfit.checkpoint.source import Source
 from numfit.corrections import bias_shift
-from numfit.errors import CheckpointError, OptionError
+from numfit.errors import CheckpointError, NumfitError
 from numfit.pipeline.kept import claim
 from numfit.pipeline.learn import Run, learn, learn_in_turn
 from numfit.pipeline.linear import FEW, Layer, Solved, finish, round_only, solve_linear
-from numfit.pipeline.partial import LAYERS
+from numfit.pipeline.partial import IDENTITY, LAYERS
 from numfit.pipeline.planning import Plan, PlannedTensor
 from numfit.pipeline.progress import Progress
 from numfit.pipeline.recipe import Parts
@@ -53,12 +53,8 @@ class Walk:
         self.windows, self.notes = calibration_windows(
             self.blocks.tokenizer, task.text, parts.windows, parts.context, str(plan.config.get("model_type", ""))
         )
-        check_windows(self.windows, self.blocks.model.config.get_text_config())
-        if parts.hold_out >= len(self.windows):
-            raise OptionError(
-                f"the text gives {len(self.windows)} of {parts.windows} windows: --hold-out {parts.hold_out} leaves none; "
-                "give a longer text, or hold out fewer"
-            )
+        check_windows(self.windows, self.blocks.model.config.get_text_config(), parts.hold_out)
+        self.watched = len(self.windows) - parts.hold_out
         self.statistics = task.statistics
         self.planned = {tensor.name: tensor for tensor in plan.tensors}
         self.decoder = decoder_map(source.names(), plan.config) if parts.transform != "none" else None
@@ -71,7 +67,7 @@ class Walk:
             claim(self.statistics, source, task.recipe["calibration"], self.windows)
             if not parts.needs_quantized and parts.transform == "none" and all(map(self._kept, range(len(self.blocks)))):
                 self.streams = []  # everything is known already: no layer need run
-        tokens = self.windows.numel()
+        tokens = self.windows[: self.watched].numel()
         widest = max((t.shape[-1] for t in plan.quantized if t.role in ("linear", "experts")), default=0)
         if tokens < widest:
             self.notes.append(
@@ -95,7 +91,7 @@ class Walk:
         for stream in self.streams:
             stream.drop_before(count + 1)
         self.results.notes[:0] = self.notes
-        self.results.tokens = self.windows.numel()
+        self.results.tokens = self.windows[: self.watched].numel()
         return self.results
 
     def _resume(self) -> int:
@@ -132,6 +128,7 @@ class Walk:
             if k != ks[-1]:  # the next one's inputs until these are learned
                 self._install(layers[-1], {item.name: finish(item).dequantize() for item in layers[-1].solved})
                 self._forward_quantized(k)
+                self.blocks.install(k, layers[-1].tensors)  # lest decoded weights stay in memory
         if self.parts.reconstruct not in ("none", "progressive"):
             with self.results.timed("learning"):
                 self._learn(layers)
@@ -187,8 +184,10 @@ class Walk:
             return hidden
 
         solved = [item for layer in layers for item in layer.solved]
-        ends = self._inputs_and_targets(layers[0].k, layers[-1].k + 1)
-        learned = {item.name: item for item in learn(run, solved, *ends, self.parts, self.blocks.device)}
+        inputs, targets = self._inputs_and_targets(layers[0].k, layers[-1].k + 1)
+        watched = slice(self.watched)
+        after = learn(run, solved, inputs[watched], targets[watched], self.parts, self.blocks.device)
+        learned = {item.name: item for item in after}
         for layer in layers:
             layer.solved = [learned[item.name] for item in layer.solved]
 
@@ -266,11 +265,11 @@ class Walk:
         quantized = quantized or cross or self.parts.propagate == "quantized"
         other = self.quantized.open(k) if self.quantized and quantized else None
         out = self.original.open(k + 1, new=True) if move_on else None
-        watched = len(original) - self.parts.hold_out
-        watch_layer(blocks, k, recorder, original[:watched], None if other is None else other[:watched], out, cross)
+        watched = slice(self.watched)
+        watch_layer(blocks, k, recorder, original[watched], None if other is None else other[watched], out, cross)
         if out is not None:
             with torch.no_grad():
-                for i in range(watched, len(original)):
+                for i in range(self.watched, len(original)):
                     out[i] = blocks.run(k, original[i : i + 1])[0]
         return recorder.finish()
 
@@ -326,11 +325,12 @@ class Walk:
         notes: list[str],
     ) -> list[Solved]:  # fmt: skip
         """Solve a layer; where windows are held out, with the share of retargeting that is best there."""
-        if not self.parts.hold_out:
+        differs = any(stats.cross is not None and bool(stats.cross.any()) for stats in statistics.values())
+        if not self.parts.hold_out or not differs:  # layer 0 sees the same in both streams
             return self._solve(k, mine, tensors, statistics, notes)
 
         def distance(weights: Mapping[str, Tensor]) -> float:
-            inputs, targets = (x[-self.parts.hold_out :] for x in self._inputs_and_targets(k, k + 1))
+            inputs, targets = (x[self.watched :] for x in self._inputs_and_targets(k, k + 1))
             run = self._runner(k, tensors)
             with torch.no_grad():
                 made = [run(weights, inputs[i : i + 1]).cpu() for i in range(len(inputs))]
@@ -398,4 +398,10 @@ def solve_layers(source: Source, plan: Plan, task: Calibration, partial: Path, s
     Args:
         partial: the directory of unfinished work, where finished layers and hidden states go.
     """
-    return Walk(source, plan, task, partial, shown).run()
+    try:
+        walk = Walk(source, plan, task, partial, shown)
+    except NumfitError:  # nothing is begun: what the message advises shall not be taken for another setting
+        if not any((partial / LAYERS).iterdir()):
+            (partial / IDENTITY).unlink(missing_ok=True)
+        raise
+    return walk.run()

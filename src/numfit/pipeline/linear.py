@@ -27,7 +27,8 @@ class Solved:
     Attributes:
         name: of the tensor. shape: of the weight, [N, K] or [E, N, K]. format: with its side terms.
         weight: what the codes stand for, in their own (rotated) coordinates, fp32 [R, K].
-        h: second moment of its inputs in those coordinates [K, K]; None where there is none, or one an expert.
+        h: second moment of its inputs in those coordinates [K, K]; None where there is none, or one an expert, or no side
+            term needs it.
         codes, params: of `format.base`, for all R rows.
         mean: of the inputs, unrotated [K], or None.
         packed: the finished tensor, where it was rounded without statistics; nothing else is looked at then.
@@ -114,7 +115,8 @@ def _solve_matrix(name: str, w: Tensor, stats: Statistics, fmt: Format, parts: P
     except (FormatError, OptionError) as error:
         raise type(error)(f"tensor '{name}': {error}") from None
     notes = tuple(f"'{name}': {note}" for note in found.notes)
-    return Solved(name, tuple(w.shape), fmt, w, h, found.codes, found.params, stats.mean, notes=notes)
+    kept = h if fmt.side.stored else None  # only side terms ask for it
+    return Solved(name, tuple(w.shape), fmt, w, kept, found.codes, found.params, stats.mean, notes=notes)
 
 
 def best_chain(fmt: Format) -> str:

@@ -104,6 +104,8 @@ class Parts:
             )
         if self.hold_out and how == "progressive":
             raise OptionError("--hold-out does not go with --reconstruct progressive, which solves a layer's linears in turn")
+        if self.span > 1 and self.bias_correction:
+            raise OptionError("--bias-correction does not go with --span: means are those before a span's layers are learned")
         steps = {"none": self.iterations, "progressive": self.iterations or 40}.get(how, self.iterations or 150)
         stream = "quantized" if self.needs_cross or how == "progressive" else self.propagate  # they take that one
         return replace(self, reconstruct=how, iterations=steps, propagate=stream)
@@ -215,8 +217,8 @@ def choose(
     parts = replace(parts, **chosen)
     if with_text:
         return options, parts
-    plain = replace(parts, importance=True, windows=Parts.windows, context=Parts.context)
-    if chosen or plain != Parts():
+    plain = replace(parts, importance=True, hold_out=0, windows=Parts.windows, context=Parts.context)
+    if chosen or parts.hold_out or plain != Parts():
         what = f"--{next(iter(chosen)).replace('_', '-')}" if chosen else f"the recipe '{recipe}'"
         raise OptionError(f"{what} works on what a text does to the model: pass one with --calibration FILE")
     return options, None

@@ -136,12 +136,16 @@ def token_windows(
     return torch.cat([torch.full((n, 1), first, dtype=torch.int64), windows], dim=1)  # [n, 1 + span]
 
 
-def check_windows(windows: Tensor, config: Any) -> None:
-    """Refuse windows that a model cannot read; `config` is its (text) configuration.
+def check_windows(windows: Tensor, config: Any, held_out: int = 0) -> None:
+    """Refuse windows that a model cannot read, or all of which would be held out; `config` is its (text) configuration.
 
     Raises:
-        OptionError: the windows are longer than its positions. CheckpointError: the tokenizer is another model's.
+        OptionError: the windows are longer than its positions, or too few. CheckpointError: the tokenizer is another model's.
     """
+    if held_out >= len(windows):
+        raise OptionError(
+            f"the text gives {len(windows)} windows: --hold-out {held_out} leaves none; give a longer text, or hold out fewer"
+        )
     longest, context = getattr(config, "max_position_embeddings", None), windows.shape[1]
     if longest and context > longest:
         raise OptionError(

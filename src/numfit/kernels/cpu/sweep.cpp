@@ -30,8 +30,7 @@ bool inside(const nf_lattice &l, const int64_t *block, const int64_t *unit, int6
 }
 
 // body(row, count, scratch) for all rows, `lanes` at a time.
-template <class Body> void over_rows(int64_t rows, int64_t bytes, const Body &body) {
-    const int lanes = sweepers().lanes;
+template <class Body> void over_rows(int64_t rows, int lanes, int64_t bytes, const Body &body) {
     parallel((rows + lanes - 1) / lanes, [&](int64_t i) {
         void *scratch = aligned_work(static_cast<size_t>(bytes));
         const int64_t row = i * lanes;
@@ -53,7 +52,7 @@ NF_API int nf_sweep(const nf_lattice *lattice, const nf_panel *panel, char *mess
         return fail(message, "the parts of this sweep do not fit together");
     }
     const Sweepers &s = sweepers();
-    over_rows(l.rows, s.sweep_scratch(p.width),
+    over_rows(l.rows, s.sweep_lanes, s.sweep_scratch(p.width),
               [&](int64_t row, int count, void *scratch) { s.sweep(l, p, row, count, scratch); });
     return 0;
 } catch (...) {
@@ -68,7 +67,7 @@ NF_API int nf_descend(const nf_lattice *lattice, const nf_run *run, char *messag
         return fail(message, "the parts of this descent do not fit together");
     }
     const Sweepers &s = sweepers();
-    over_rows(l.rows, s.descend_scratch(r.width),
+    over_rows(l.rows, s.descend_lanes, s.descend_scratch(r.width),
               [&](int64_t row, int count, void *scratch) { s.descend(l, r, row, count, scratch); });
     return 0;
 } catch (...) {

@@ -56,10 +56,10 @@ NF_API int nf_descend(const nf_lattice *lattice, const nf_run *run, char *messag
 
 namespace nf {
 
-// One table of functions per instruction set. Each works on `count` rows from `row` on, up to `lanes`.
+// One table of functions per instruction set. Each works on `count` rows from `row` on, up to its lanes.
 struct Sweepers {
     const char *name;
-    int lanes;
+    int sweep_lanes, descend_lanes;
     int64_t (*sweep_scratch)(int64_t width);    // bytes
     int64_t (*descend_scratch)(int64_t width);
     void (*sweep)(const nf_lattice &, const nf_panel &, int64_t row, int count, void *scratch);

@@ -274,10 +274,6 @@ static void descend_unit(Rounding &g, const nf_run &r, const Columns &now, const
 }
 
 static void descend(const nf_lattice &l, const nf_run &r, int64_t row, int count, void *scratch) {
-    if (count > W) {
-        descend(l, r, row, W, scratch);
-        return descend(l, r, row + W, count - W, scratch);
-    }
     Rounding g(l, row, count);
     const int64_t n = r.width * W;
     float *base = static_cast<float *>(scratch);
@@ -313,6 +309,6 @@ static void descend(const nf_lattice &l, const nf_run &r, int64_t row, int count
 
 }  // namespace NF_ISA
 
-NF_DEFINE_TABLE(Sweepers, sweepers, 2 * NF_ISA::W, NF_ISA::sweep_scratch, NF_ISA::descend_scratch, NF_ISA::sweep, NF_ISA::descend)
+NF_DEFINE_TABLE(Sweepers, sweepers, 2 * NF_ISA::W, NF_ISA::W, NF_ISA::sweep_scratch, NF_ISA::descend_scratch, NF_ISA::sweep, NF_ISA::descend)
 
 }  // namespace nf
