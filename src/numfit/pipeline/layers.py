@@ -333,8 +333,8 @@ class Walk:
             inputs, targets = (x[self.watched :] for x in self._inputs_and_targets(k, k + 1))
             run = self._runner(k, tensors)
             with torch.no_grad():
-                made = [run(weights, inputs[i : i + 1]).cpu() for i in range(len(inputs))]
-            return relative_distance(torch.cat(made), targets)
+                each = [relative_distance(run(weights, x[None]).cpu(), y[None]) for x, y in zip(inputs, targets)]
+            return sum(each) / len(each)
 
         def solve(parts: Parts, told: list[str]) -> list[Solved]:
             return self._solve(k, mine, tensors, statistics, told, parts)

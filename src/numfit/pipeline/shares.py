@@ -1,7 +1,7 @@
 """How much of the error upstream a layer's linears are to make up for: chosen on windows that took no part in anything else.
 
 The share that is best for the squared error of each linear by itself, which is known in closed form, is nearly 1 everywhere and
-ruins the model (KL 1.4 where half of it gives 0.21): a few tokens with huge activations are most of that error. So shares are
+ruins the model: a few tokens with huge activations are most of that error. So shares are
 tried, and judged by what the whole quantized layer makes of each held-out token, relative to that token's size.
 """
 
